@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
+	"io"
 	"time"
 
 	"github.com/keyward/keyward/dek"
@@ -102,6 +103,28 @@ type Auditor interface {
 	Extends(ctx context.Context, old []byte) error
 }
 
+// An AuditTail answers what the log says about the state, so that a store put
+// back in time is found. An Auditor implements it too; one that does not is
+// refused by Open.
+type AuditTail interface {
+	// StateTail returns the largest Event.Change of the log and the
+	// Event.State recorded with it; 0 and nil if no event has one. Outcomes are
+	// appended concurrently, so it need not be the last record. An event whose
+	// Result is not "ok" counts too.
+	StateTail(ctx context.Context) (change uint64, state []byte, err error)
+	// EventsAfter calls f in order of sequence for every event whose Change is
+	// larger than change, until f fails. It is used by a restore that has to say
+	// what is missing, never while serving.
+	EventsAfter(ctx context.Context, change uint64, f func(seq uint64, e Event) error) error
+}
+
+// A BackupTarget keeps backups away from the service's own disk. Put replaces
+// name by what r holds, durably and as a whole or not at all. The service calls
+// it before a new key or keyring version is enabled.
+type BackupTarget interface {
+	Put(ctx context.Context, name string, r io.Reader) error
+}
+
 // A Clock tells the time; tests own it.
 type Clock interface{ Now() time.Time }
 
@@ -141,6 +164,13 @@ type Caller struct {
 
 // An Operation names one act of the service: "keyring.unwrap".
 type Operation string
+
+// The roles that the service itself gives: the first administrator, and what
+// PrepareInstance grants to a database host. kms/access defines all roles.
+const (
+	RoleAdministrator         = "administrator"
+	RoleServiceEncryptionUser = "service encryption user"
+)
 
 // Every operation there is. A front door method without one of these does not
 // start; kms/access has a row for each.
