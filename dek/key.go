@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"runtime"
 	"sync/atomic"
+	"unsafe"
 )
 
 // KeySize is the size of every Key in bytes: AES-256.
@@ -37,12 +38,17 @@ const destroyed = 1 << 62
 type Key struct {
 	_ noCopy
 
-	state   atomic.Int64  // destroyed bit | number of running uses
-	seals   atomic.Uint64 // messages sealed under this key, all purposes
-	bytes   *slot         // valid until wipe
+	state   atomic.Int64   // destroyed bit | number of running uses
+	seals   atomic.Uint64  // messages sealed under this key, all purposes
+	place   unsafe.Pointer // *slot, valid until wipe: see slot()
 	subkeys atomic.Pointer[subkeys]
 	cleanup runtime.Cleanup
 }
+
+// slot returns the key's place in the arena. The field is no *slot, because
+// fmt follows a typed pointer, methods or not, when a verb does not suit it:
+// a Key reached as a value (by reflection, or a copy) would be printed.
+func (k *Key) slot() *slot { return (*slot)(k.place) }
 
 // NewKey returns a random key from the system's approved generator. It wraps
 // ErrExhausted if no more memory can be locked; the text names the limit.
@@ -51,7 +57,7 @@ func NewKey() (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	rand.Read(k.bytes[:]) // never fails: crypto/rand.Read ends the program instead
+	rand.Read(k.slot()[:]) // never fails: crypto/rand.Read ends the program instead
 	return k, nil
 }
 
@@ -66,7 +72,7 @@ func KeyFrom(b []byte) (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(k.bytes[:], b)
+	copy(k.slot()[:], b)
 	return k, nil
 }
 
@@ -76,7 +82,7 @@ func newKey() (*Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make key: %w", err)
 	}
-	k := &Key{bytes: s}
+	k := &Key{place: unsafe.Pointer(s)}
 	// A forgotten Destroy must not use up the arena for the life of the process.
 	k.cleanup = runtime.AddCleanup(k, keys.put, s)
 	return k, nil
@@ -91,7 +97,7 @@ func (k *Key) Use(f func(b []byte) error) error {
 		return ErrDestroyed
 	}
 	defer k.release()
-	return f(k.bytes[:])
+	return f(k.slot()[:])
 }
 
 // Clone returns a second Key with the same bytes, destroyed on its own. It
@@ -105,7 +111,7 @@ func (k *Key) Clone() (*Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	*c.bytes = *k.bytes
+	*c.slot() = *k.slot()
 	return c, nil
 }
 
@@ -120,7 +126,7 @@ func (k *Key) Equal(o *Key) bool {
 		return false
 	}
 	defer o.release()
-	return subtle.ConstantTimeCompare(k.bytes[:], o.bytes[:]) == 1
+	return subtle.ConstantTimeCompare(k.slot()[:], o.slot()[:]) == 1
 }
 
 // Destroy ends the key: no use begins after it returns, and the bytes are
@@ -160,8 +166,8 @@ func (k *Key) release() {
 // wipe gives the memory back; it runs once.
 func (k *Key) wipe() {
 	k.cleanup.Stop()
-	keys.put(k.bytes)
-	k.bytes = nil
+	keys.put(k.slot())
+	k.place = nil
 	if subs := k.subkeys.Load(); subs != nil {
 		subs.wipe()
 	}

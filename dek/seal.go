@@ -133,7 +133,7 @@ func (k *Key) subkey(p Purpose) (*slot, error) {
 	if s := subs[p].Load(); s != nil {
 		return s, nil
 	}
-	derived, err := hkdf.Key(sha256.New, k.bytes[:], nil, sealLabel+p.String(), KeySize)
+	derived, err := hkdf.Key(sha256.New, k.slot()[:], nil, sealLabel+p.String(), KeySize)
 	if err != nil {
 		return nil, fmt.Errorf("derive subkey: %w", err)
 	}
