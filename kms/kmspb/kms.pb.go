@@ -2779,7 +2779,9 @@ type EnrolmentToken struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Principal     string                 `protobuf:"bytes,1,opt,name=principal,proto3" json:"principal,omitempty"`
 	ExpiresUnix   int64                  `protobuf:"varint,2,opt,name=expires_unix,json=expiresUnix,proto3" json:"expires_unix,omitempty"`
-	Text          string                 `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"` // shown once
+	Text          string                 `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`                         // shown once
+	CaSha256      []byte                 `protobuf:"bytes,4,opt,name=ca_sha256,json=caSha256,proto3" json:"ca_sha256,omitempty"` // SHA-256 of the CA certificate (DER) the server shows now
+	Endpoints     []string               `protobuf:"bytes,5,rep,name=endpoints,proto3" json:"endpoints,omitempty"`               // host:port addresses to enrol at
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2833,6 +2835,20 @@ func (x *EnrolmentToken) GetText() string {
 		return x.Text
 	}
 	return ""
+}
+
+func (x *EnrolmentToken) GetCaSha256() []byte {
+	if x != nil {
+		return x.CaSha256
+	}
+	return nil
+}
+
+func (x *EnrolmentToken) GetEndpoints() []string {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
 }
 
 type RevokeIdentityRequest struct {
@@ -3523,11 +3539,13 @@ const file_kms_proto_rawDesc = "" +
 	"\x06grants\x18\x01 \x03(\v2\x15.keyward.kms.v1.GrantR\x06grants\"]\n" +
 	"\x12CreateTokenRequest\x12\x1c\n" +
 	"\tprincipal\x18\x01 \x01(\tR\tprincipal\x12)\n" +
-	"\x10lifetime_seconds\x18\x02 \x01(\x03R\x0flifetimeSeconds\"e\n" +
+	"\x10lifetime_seconds\x18\x02 \x01(\x03R\x0flifetimeSeconds\"\xa0\x01\n" +
 	"\x0eEnrolmentToken\x12\x1c\n" +
 	"\tprincipal\x18\x01 \x01(\tR\tprincipal\x12!\n" +
 	"\fexpires_unix\x18\x02 \x01(\x03R\vexpiresUnix\x12\x12\n" +
-	"\x04text\x18\x03 \x01(\tR\x04text\"5\n" +
+	"\x04text\x18\x03 \x01(\tR\x04text\x12\x1b\n" +
+	"\tca_sha256\x18\x04 \x01(\fR\bcaSha256\x12\x1c\n" +
+	"\tendpoints\x18\x05 \x03(\tR\tendpoints\"5\n" +
 	"\x15RevokeIdentityRequest\x12\x1c\n" +
 	"\tprincipal\x18\x01 \x01(\tR\tprincipal\"Q\n" +
 	"\aProblem\x12\x1a\n" +
