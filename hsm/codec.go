@@ -39,13 +39,6 @@ func (d *decoder) u16() uint16 {
 	return 0
 }
 
-func (d *decoder) u32() uint32 {
-	if t := d.take(4); t != nil {
-		return binary.BigEndian.Uint32(t)
-	}
-	return 0
-}
-
 func (d *decoder) u64() uint64 {
 	if t := d.take(8); t != nil {
 		return binary.BigEndian.Uint64(t)

@@ -33,7 +33,8 @@ import (
 // Config names a token and how to reach it. Check reports every mistake.
 type Config struct {
 	// Module is the absolute path of the PKCS#11 library. It must be a regular
-	// file that only its owner may write, in a directory of which the same holds.
+	// file that neither group nor others may write, and no directory above it may
+	// be open for all to write.
 	Module string
 	// TokenURI is an RFC 7512 URI that selects exactly one token, such as
 	// "pkcs11:token=keyward;serial=0a1b". Attributes: token, serial, model,
@@ -91,6 +92,9 @@ type Capabilities struct {
 	AESGCM bool
 	// ECDSA: signers are EC P-256; otherwise RSA 3072 with PKCS #1 v1.5 SHA-256.
 	ECDSA bool
+	// Origin: the token tells keys that it made from keys that were brought in
+	// (CKA_LOCAL), so FindPair can refuse the latter. NSS does not.
+	Origin bool
 	// Survives: what the token acknowledges is on disk or in hardware. False for
 	// SoftHSM, which never calls fsync.
 	Survives bool
@@ -126,6 +130,9 @@ func (c Capabilities) Missing() []string {
 	}
 	if !c.ECDSA {
 		missing = append(missing, "ECDSA P-256 (signers fall back to RSA-3072)")
+	}
+	if !c.Origin {
+		missing = append(missing, "CKA_LOCAL (an imported pair can't be told from one made in the token)")
 	}
 	if !c.Survives {
 		missing = append(missing, "durable writes (acknowledged keys can vanish with the power)")

@@ -52,25 +52,6 @@ func splitSealed(root dek.ObjectID, sealed []byte) (alg byte, header, payload []
 	return sealed[5], sealed[:sealedHeader:sealedHeader], sealed[sealedHeader:], nil
 }
 
-// bindingAAD is the canonical form of a binding after a header: every field
-// length-prefixed or of fixed size, so that no two bindings share a form.
-func bindingAAD(header []byte, b dek.Binding) ([]byte, error) {
-	if b.Purpose == 0 {
-		return nil, fmt.Errorf("%w: binding without a purpose", dek.ErrInvalid)
-	}
-	if len(b.Vault) > 1024 || len(b.Object) > 1024 {
-		return nil, fmt.Errorf("%w: binding name of more than 1024 bytes", dek.ErrInvalid)
-	}
-	a := make([]byte, 0, len(header)+13+len(b.Vault)+len(b.Object))
-	a = append(a, header...)
-	a = append(a, byte(b.Purpose))
-	a = binary.BigEndian.AppendUint16(a, uint16(len(b.Vault)))
-	a = append(a, b.Vault...)
-	a = binary.BigEndian.AppendUint16(a, uint16(len(b.Object)))
-	a = append(a, b.Object...)
-	return binary.BigEndian.AppendUint64(a, b.Version), nil
-}
-
 // An rsaSealed is the payload of algTokenRSA.
 type rsaSealed struct {
 	hash       crypto.Hash
@@ -79,7 +60,7 @@ type rsaSealed struct {
 	signature  []byte
 }
 
-// append encodes the payload without the signature: what is signed.
+// appendUnsigned encodes the payload without the signature: what is signed.
 func (s rsaSealed) appendUnsigned(b []byte) []byte {
 	b = append(b, hashCode(s.hash), s.sigAlg)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(s.ciphertext)))
@@ -94,17 +75,14 @@ func (s rsaSealed) append(b []byte) []byte {
 
 // digest is what the token signs: header, binding and ciphertext under a
 // domain string, so that no other signature of the same key fits.
-func (s rsaSealed) digest(header []byte, b dek.Binding) ([]byte, error) {
-	aad, err := bindingAAD(header, b)
-	if err != nil {
-		return nil, err
-	}
+func (s rsaSealed) digest(header, place []byte) []byte {
 	h := sha256.New()
 	h.Write([]byte("keyward hsm sealed key v1\x00"))
-	h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(aad))))
-	h.Write(aad)
+	h.Write(header)
+	h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(place))))
+	h.Write(place)
 	h.Write(s.appendUnsigned(nil))
-	return h.Sum(nil), nil
+	return h.Sum(nil)
 }
 
 // parseRSASealed reads the payload of algTokenRSA. Trailing bytes are refused.

@@ -91,7 +91,7 @@ func (s *Software) Capabilities() Capabilities {
 	return Capabilities{
 		OAEP:    []crypto.Hash{crypto.SHA1, crypto.SHA256},
 		RSABits: append([]int(nil), rsaSizes...),
-		AESGCM:  true, ECDSA: true, Survives: true,
+		AESGCM:  true, ECDSA: true, Origin: true, Survives: true,
 	}
 }
 

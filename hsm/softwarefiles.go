@@ -46,6 +46,12 @@ func (k objectKind) String() string {
 	return "unknown"
 }
 
+// label is the CKA_LABEL of the objects of a kind.
+func (k objectKind) label() string { return "keyward-" + k.String() }
+
+// decrypts tells keys that only decrypt from keys that only sign.
+func (k objectKind) decrypts() bool { return k != kindSigner && k != kindSealSigner }
+
 // The file key: magic, serial in hex, 32 bytes.
 const (
 	fileKeyName  = "token.key"
@@ -147,7 +153,7 @@ func (f *softwareFiles) useFileKey(b []byte) error {
 }
 
 func (f *softwareFiles) binding(kind objectKind, id dek.ObjectID) dek.Binding {
-	return dek.Binding{Purpose: dek.PurposeToken, Vault: f.serial, Object: objectName(kind, id), Version: 1}
+	return dek.Binding{Purpose: dek.PurposePrivateKey, Vault: f.serial, Object: objectName(kind, id), Version: 1}
 }
 
 // free wraps ErrExists if any object has id.
