@@ -3,6 +3,7 @@ package dek_test
 import (
 	"bytes"
 	"crypto"
+	"crypto/fips140"
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
@@ -100,6 +101,12 @@ func TestEncryptToMaster(t *testing.T) {
 	k := newKey(t)
 	for _, h := range []crypto.Hash{crypto.SHA1, crypto.SHA256} {
 		inner, err := dek.EncryptToMaster(&master.PublicKey, h, k)
+		if h == crypto.SHA1 && fips140.Enforced() {
+			if !errors.Is(err, dek.ErrPrecondition) {
+				t.Errorf("SHA-1 in strict FIPS mode: %v, want ErrPrecondition", err)
+			}
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -121,5 +128,117 @@ func TestEncryptToMaster(t *testing.T) {
 	}
 	if _, err := dek.EncryptToMaster(nil, crypto.SHA256, k); !errors.Is(err, dek.ErrInvalid) {
 		t.Errorf("no key: %v, want ErrInvalid", err)
+	}
+}
+
+func TestWrapRefuses(t *testing.T) {
+	seal := newKey(t)
+	inner := []byte("inner")
+	tests := []struct {
+		name   string
+		change func(h *dek.Header)
+	}{
+		{"no vault", func(h *dek.Header) { h.Vault = "" }},
+		{"bad keyring", func(h *dek.Header) { h.Keyring = "Payroll/x" }},
+		{"long master vault", func(h *dek.Header) { h.Master.Vault = string(bytes.Repeat([]byte{'a'}, 64)) }},
+		{"bad master key", func(h *dek.Header) { h.Master.Key = "-" }},
+		{"DEK version 0", func(h *dek.Header) { h.Version = 0 }},
+		{"master version 0", func(h *dek.Header) { h.Master.Version = 0 }},
+		{"seal version 0", func(h *dek.Header) { h.SealVersion = 0 }},
+		{"hash 0", func(h *dek.Header) { h.Hash = 0 }},
+		{"SHA-512", func(h *dek.Header) { h.Hash = crypto.SHA512 }},
+		{"no seal key", func(h *dek.Header) { h.SealedSealKey = nil }},
+		{"long seal key", func(h *dek.Header) { h.SealedSealKey = make([]byte, 2049) }},
+	}
+	for _, tt := range tests {
+		h := goodHeader()
+		tt.change(&h)
+		if w, err := dek.Wrap(h, seal, inner); !errors.Is(err, dek.ErrInvalid) || w.Bytes() != nil {
+			t.Errorf("%s: %v, want ErrInvalid", tt.name, err)
+		}
+	}
+	for _, n := range []int{0, 1025} {
+		if _, err := dek.Wrap(goodHeader(), seal, make([]byte, n)); !errors.Is(err, dek.ErrInvalid) {
+			t.Errorf("inner layer of %d bytes: %v, want ErrInvalid", n, err)
+		}
+	}
+	if got := seal.Seals(); got != 0 {
+		t.Errorf("%d seals counted for refused wraps", got)
+	}
+	if inner, err := (dek.Wrapped{}).Inner(seal); !errors.Is(err, dek.ErrAuth) || inner != nil {
+		t.Errorf("zero Wrapped opened: %v", err)
+	}
+}
+
+// TestWrappedLargest: the largest header and inner layer fit the limit.
+func TestWrappedLargest(t *testing.T) {
+	seal, name := newKey(t), string(bytes.Repeat([]byte{'a'}, 63))
+	h := goodHeader()
+	h.Vault, h.Keyring, h.Master.Vault, h.Master.Key = name, name, name, name
+	h.SealedSealKey = make([]byte, 2048)
+	w, err := dek.Wrap(h, seal, make([]byte, 1024))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(w.Bytes()); n > dek.MaxWrapped {
+		t.Errorf("%d bytes, over the limit", n)
+	}
+	if _, err := dek.ParseWrapped(w.Bytes()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWrappedImmutable: what callers hold is theirs.
+func TestWrappedImmutable(t *testing.T) {
+	seal, h := newKey(t), goodHeader()
+	w, err := dek.Wrap(h, seal, []byte("inner"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw := w.Bytes()
+	parsed, err := dek.ParseWrapped(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(h.SealedSealKey)
+	clear(w.Header().SealedSealKey)
+	clear(w.Bytes())
+	clear(raw)
+	for _, w := range []dek.Wrapped{w, parsed} {
+		if _, err := w.Inner(seal); err != nil || string(w.Header().SealedSealKey) != "sealed seal key" {
+			t.Errorf("changed from outside: %v", err)
+		}
+	}
+}
+
+// TestWrappedSwap puts the outer layer of one wrapped DEK under the header of
+// another: same service, same seal key, other place.
+func TestWrappedSwap(t *testing.T) {
+	seal := newKey(t)
+	good := goodWrapped(t, seal).Bytes()
+	for _, change := range []func(h *dek.Header){
+		func(h *dek.Header) { h.Vault = "it" },
+		func(h *dek.Header) { h.Keyring = "payrolx" },
+		func(h *dek.Header) { h.Version++ },
+		func(h *dek.Header) { h.Master.Version++ },
+		func(h *dek.Header) { h.SealVersion++ },
+		func(h *dek.Header) { h.Object[0]++ },
+		func(h *dek.Header) { h.Hash = crypto.SHA1 },
+	} {
+		h := goodHeader()
+		change(&h)
+		other, err := dek.Wrap(h, seal, bytes.Repeat([]byte{7}, 256))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := other.Bytes()
+		moved := append(b[:len(b)-284:len(b)-284], good[len(good)-284:]...)
+		w, err := dek.ParseWrapped(moved)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if inner, err := w.Inner(seal); !errors.Is(err, dek.ErrAuth) || inner != nil {
+			t.Errorf("moved to %+v: %v, want ErrAuth", h, err)
+		}
 	}
 }

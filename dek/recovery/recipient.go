@@ -260,7 +260,7 @@ func info(b dek.Binding) ([]byte, error) {
 // errZero answers uses of the zero Recipient.
 var errZero = errors.New("no recovery recipient")
 
-// Seal returns a copy of k, about 1.8 kB, that m shares open for the same b.
+// Seal returns a copy of k, 1,726 bytes, that m shares open for the same b.
 // It wraps dek.ErrInvalid for a bad binding or the zero Recipient and
 // dek.ErrDestroyed if k is destroyed. It may be called concurrently.
 func (r Recipient) Seal(b dek.Binding, k *dek.Key) ([]byte, error) {
