@@ -26,6 +26,8 @@ const (
 	flagLeaf       = 0x02
 	leafBucket     = 0x01
 	maxDepth       = 64
+
+	minHole = 16 // zero bytes at the end of a record that was never whole
 )
 
 type boltFile struct {
@@ -235,8 +237,8 @@ func ordered(k, low, high []byte, first bool) error {
 // tornTail reports whether a write-ahead file that etcd cut ended in a write
 // that was never finished: from the hole that stopped the reader on there is
 // nothing but the zeros the file was made of. A record that was once whole has
-// its sealed, random content up to its end and leaves no such tail, so nothing
-// acknowledged can have been in it. Frames: length u64 (low 56 bits; padding in
+// its sealed, random content up to its end and leaves no tail of minHole zeros,
+// so nothing acknowledged can have been in it. Frames: length u64 (low 56 bits; padding in
 // the top byte), record, padding to 8 (etcd server/storage/wal/encoder.go).
 func tornTail(path string) (bool, error) {
 	b, err := os.ReadFile(path)
@@ -255,9 +257,9 @@ func tornTail(path string) (bool, error) {
 			return false, nil
 		}
 		if end := off + 8 + size; end > last {
-			// The last frame: whole if its end is padding only, torn if at least
-			// one sector of it was never written.
-			return end-last >= 512, nil
+			// The last frame: whole if its end is padding only, torn if more than
+			// chance would have it was never written.
+			return end-last >= minHole, nil
 		}
 		off += 8 + size
 	}

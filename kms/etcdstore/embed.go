@@ -177,6 +177,7 @@ func serverConfig(c Config, lg *zap.Logger) config.ServerConfig {
 		MaxRequestBytes:                   MaxBytes + MaxBytes/2,
 		StrictReconfigCheck:               true,
 		AuthToken:                         "", // no users: nothing but this process can reach it
+		BcryptCost:                        10, // unused; zero is warned about
 		CompactHashCheckTime:              time.Hour,
 		WarningApplyDuration:              500 * time.Millisecond,
 		WarningUnaryRequestDuration:       time.Second,

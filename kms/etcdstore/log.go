@@ -28,7 +28,18 @@ func (c slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Chec
 	return ce
 }
 
+// needless are warnings that mean nothing for a member of our own making: its
+// schema is known only after its first snapshot, and it is never downgraded.
+var needless = map[string]bool{
+	"Failed to detect storage schema version. Please wait till wal snapshot before upgrading cluster.": true,
+	"Failed to detect schema version":  true,
+	"failed to update storage version": true,
+}
+
 func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	if needless[e.Message] {
+		return nil
+	}
 	level := slog.LevelWarn
 	if e.Level >= zapcore.ErrorLevel {
 		level = slog.LevelError
