@@ -28,6 +28,9 @@ var errClosed = fmt.Errorf("%w: key cache is closed", ErrUnavailable)
 // reference for the caller.
 func (c *Cache) wait(ctx context.Context, id KeyID, load func(context.Context) (*Key, error)) (*entry, error) {
 	for range maxStale {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
+		}
 		f, e, err := c.join(ctx, id, load)
 		if e != nil || err != nil {
 			return e, err

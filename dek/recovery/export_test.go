@@ -5,6 +5,7 @@ import "github.com/keyward/keyward/dek"
 var (
 	Mul     = mul
 	Inverse = inverse
+	Split   = split
 )
 
 // WithY returns s with another share value.

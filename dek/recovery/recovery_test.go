@@ -88,6 +88,35 @@ func TestGenerateRefuses(t *testing.T) {
 	}
 }
 
+// TestSplitUniform: over many splits of one secret its shares take every value
+// alike, so a share alone says nothing of it.
+func TestSplitUniform(t *testing.T) {
+	secret := newKey(t)
+	var seen [256]int
+	const rounds = 500
+	for range rounds {
+		shares, err := recovery.Split(secret, 2, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range shares {
+			_ = s.Use(func(b []byte) error {
+				for _, v := range b {
+					seen[v]++
+				}
+				return nil
+			})
+			s.Destroy()
+		}
+	}
+	// 32,000 bytes: 125 of each value; 60 or 200 is beyond five sigma.
+	for v, n := range seen {
+		if n < 60 || n > 200 {
+			t.Errorf("share byte %02x came %d times of %d", v, n, rounds*64)
+		}
+	}
+}
+
 // subsets calls f with every choice of size out of n numbers.
 func subsets(n, size int, f func([]int)) {
 	var pick func(from int, chosen []int)
