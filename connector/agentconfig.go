@@ -7,34 +7,34 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/keyward/keyward/dek"
 )
 
-// maxAgentConfigBytes bounds an agent's configuration file.
-const maxAgentConfigBytes = 1 << 20
+// maxAgentFileBytes bounds an agent's configuration file.
+const maxAgentFileBytes = 1 << 20
 
 // maxSocketPath is the longest path of a Unix socket (unix(7): 108 bytes with
 // the terminating zero).
 const maxSocketPath = 107
 
-// The agent's defaults, for an AgentConfig that leaves a field out.
+// Where the parts of an agent are unless somebody says otherwise.
 const (
 	DefaultAgentConfig    = "/etc/keyward/agent.json"
 	DefaultAgentState     = "/var/lib/keyward-agent"
 	DefaultAgentSocket    = "/run/keyward/agent.sock"
 	DefaultHostSecretFile = "/etc/keyward/host-secret"
-	defaultRefresh        = time.Hour
-	defaultCacheKeys      = 10_000
 )
 
-// An AgentConfig is the agent's configuration file: strict JSON, read once. It
+// An AgentFile is the agent's configuration file: strict JSON, read once. It
 // holds no secret; `keyward plugin register` writes it.
-type AgentConfig struct {
+type AgentFile struct {
 	// Socket is the Unix socket that databases connect to, an absolute path of
 	// at most 107 bytes. Required.
 	Socket string `json:"socket"`
@@ -77,45 +77,46 @@ type AgentInstance struct {
 	User string `json:"user"`
 }
 
-// ParseAgentConfig reads a configuration. Unknown fields, missing ones and
+// ParseAgentFile reads a configuration. Unknown fields, missing ones and
 // anything after the object are refused; all mistakes are reported at once.
 // Errors wrap dek.ErrInvalid.
-func ParseAgentConfig(b []byte) (AgentConfig, error) {
-	var c AgentConfig
+func ParseAgentFile(b []byte) (AgentFile, error) {
+	var c AgentFile
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&c); err != nil {
-		return AgentConfig{}, fmt.Errorf("%w: agent configuration: %w", dek.ErrInvalid, err)
+		return AgentFile{}, fmt.Errorf("%w: agent configuration: %w", dek.ErrInvalid, err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return AgentConfig{}, fmt.Errorf("%w: agent configuration: data after its end", dek.ErrInvalid)
+		return AgentFile{}, fmt.Errorf("%w: agent configuration: data after its end", dek.ErrInvalid)
 	}
 	return c, c.Check()
 }
 
-// ReadAgentConfig reads the file at path.
-func ReadAgentConfig(path string) (AgentConfig, error) {
+// ReadAgentFile reads the file at path. It wraps dek.ErrInvalid, and
+// fs.ErrNotExist if there is no file.
+func ReadAgentFile(path string) (AgentFile, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
-		return AgentConfig{}, fmt.Errorf("%w: agent configuration: %w", dek.ErrInvalid, err)
+		return AgentFile{}, fmt.Errorf("%w: agent configuration: %w", dek.ErrInvalid, err)
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxAgentConfigBytes+1))
-	if err == nil && len(b) > maxAgentConfigBytes {
-		err = fmt.Errorf("over %d bytes", maxAgentConfigBytes)
+	b, err := io.ReadAll(io.LimitReader(f, maxAgentFileBytes+1))
+	if err == nil && len(b) > maxAgentFileBytes {
+		err = fmt.Errorf("over %d bytes", maxAgentFileBytes)
 	}
 	if err != nil {
-		return AgentConfig{}, fmt.Errorf("%w: agent configuration %s: %w", dek.ErrInvalid, path, err)
+		return AgentFile{}, fmt.Errorf("%w: agent configuration %s: %w", dek.ErrInvalid, path, err)
 	}
-	c, err := ParseAgentConfig(b)
+	c, err := ParseAgentFile(b)
 	if err != nil {
-		return AgentConfig{}, fmt.Errorf("%s: %w", path, err)
+		return AgentFile{}, fmt.Errorf("%s: %w", path, err)
 	}
 	return c, nil
 }
 
 // Encode returns the file's bytes.
-func (c AgentConfig) Encode() ([]byte, error) {
+func (c AgentFile) Encode() ([]byte, error) {
 	if err := c.Check(); err != nil {
 		return nil, err
 	}
@@ -127,7 +128,7 @@ func (c AgentConfig) Encode() ([]byte, error) {
 }
 
 // Check reports everything that can't be right, as dek.ErrInvalid.
-func (c AgentConfig) Check() error {
+func (c AgentFile) Check() error {
 	var wrong []string
 	note := func(bad bool, format string, args ...any) {
 		if bad {
@@ -157,50 +158,98 @@ func (c AgentConfig) Check() error {
 		note(slices.ContainsFunc(c.Instances[:i], func(o AgentInstance) bool { return o.Name == in.Name }), "instances: %s twice", in.Name)
 	}
 	note(c.CacheKeys < 0, "cache_keys %d: below 0", c.CacheKeys)
-	_, err := c.Durations()
+	_, err := c.times()
 	note(err != nil, "%v", err)
+	if err := checkMetricsListen(c.MetricsListen); err != nil {
+		note(true, "metrics_listen: %v", err)
+	}
 	if len(wrong) > 0 {
 		return fmt.Errorf("%w: agent configuration: %s", dek.ErrInvalid, strings.Join(wrong, "; "))
 	}
 	return nil
 }
 
-// AgentTimes are the three separate times of an agent.
-type AgentTimes struct {
-	Refresh     time.Duration
-	OutageLimit time.Duration // 0: without limit
-	DenialGrace time.Duration // 0: none
-}
+// agentTimes are the three separate times of an agent; 0 is its default.
+type agentTimes struct{ refresh, outage, grace time.Duration }
 
-// Durations returns the times with their defaults filled in. It wraps
-// dek.ErrInvalid.
-func (c AgentConfig) Durations() (AgentTimes, error) {
-	t := AgentTimes{Refresh: defaultRefresh}
+func (c AgentFile) times() (agentTimes, error) {
+	var t agentTimes
 	for _, f := range []struct {
 		field, text string
 		least, most time.Duration
 		to          *time.Duration
 	}{
-		{"refresh", c.Refresh, time.Minute, 24 * time.Hour, &t.Refresh},
-		{"outage_limit", c.OutageLimit, time.Second, 10 * 365 * 24 * time.Hour, &t.OutageLimit},
-		{"denial_grace", c.DenialGrace, time.Second, 30 * 24 * time.Hour, &t.DenialGrace},
+		{"refresh", c.Refresh, time.Minute, 24 * time.Hour, &t.refresh},
+		{"outage_limit", c.OutageLimit, time.Second, 10 * 365 * 24 * time.Hour, &t.outage},
+		{"denial_grace", c.DenialGrace, time.Second, 30 * 24 * time.Hour, &t.grace},
 	} {
 		if f.text == "" {
 			continue
 		}
 		d, err := time.ParseDuration(f.text)
 		if err != nil || d < f.least || d > f.most {
-			return AgentTimes{}, fmt.Errorf("%w: %s %q: want a duration of %v to %v, or leave it out", dek.ErrInvalid, f.field, f.text, f.least, f.most)
+			return agentTimes{}, fmt.Errorf("%w: %s %q: want a duration of %v to %v, or leave it out", dek.ErrInvalid, f.field, f.text, f.least, f.most)
 		}
 		*f.to = d
 	}
 	return t, nil
 }
 
-// Keys returns CacheKeys with its default.
-func (c AgentConfig) Keys() int {
-	if c.CacheKeys == 0 {
-		return defaultCacheKeys
+// Config returns what NewAgent takes, with the accounts of this host looked
+// up. The socket's group is that of the first instance's account. It wraps
+// dek.ErrInvalid, also for an account that does not exist.
+func (c AgentFile) Config() (AgentConfig, error) {
+	if err := c.Check(); err != nil {
+		return AgentConfig{}, err
 	}
-	return c.CacheKeys
+	t, err := c.times()
+	if err != nil {
+		return AgentConfig{}, err
+	}
+	cfg := AgentConfig{
+		Socket: c.Socket, SocketGID: -1, StateDir: c.StateDir, HostSecretFile: c.HostSecretFile, Endpoints: c.Endpoints,
+		Refresh: t.refresh, OutageLimit: t.outage, DenialGrace: t.grace, MaxKeys: c.CacheKeys, MetricsListen: c.MetricsListen,
+	}
+	for i, in := range c.Instances {
+		uid, gid, err := LookupAccount(in.User)
+		if err != nil {
+			return AgentConfig{}, fmt.Errorf("agent configuration: instance %s: %w", in.Name, err)
+		}
+		if i == 0 {
+			cfg.SocketGID = int(gid)
+		}
+		cfg.Instances = append(cfg.Instances, InstanceRule{UID: uid, Instance: in.Name})
+	}
+	return cfg, nil
+}
+
+// LookupAccount returns the user and primary group id of an account given by
+// name or number. It wraps dek.ErrInvalid if this host has none.
+func LookupAccount(name string) (uid, gid uint32, err error) {
+	find := user.Lookup
+	if _, err := strconv.ParseUint(name, 10, 32); err == nil {
+		find = user.LookupId
+	}
+	u, err := find(name)
+	if err != nil {
+		return 0, 0, fmt.Errorf("%w: account %q: %w", dek.ErrInvalid, name, err)
+	}
+	id, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return 0, 0, fmt.Errorf("%w: account %q: uid %q", dek.ErrInvalid, name, u.Uid)
+	}
+	group, err := strconv.ParseUint(u.Gid, 10, 32)
+	if err != nil {
+		return 0, 0, fmt.Errorf("%w: account %q: gid %q", dek.ErrInvalid, name, u.Gid)
+	}
+	return uint32(id), uint32(group), nil
+}
+
+// ReadAgentConfig reads the file at path into what NewAgent takes.
+func ReadAgentConfig(path string) (AgentConfig, error) {
+	f, err := ReadAgentFile(path)
+	if err != nil {
+		return AgentConfig{}, err
+	}
+	return f.Config()
 }

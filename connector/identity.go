@@ -57,7 +57,8 @@ type identityJSON struct {
 }
 
 // LoadIdentity reads the identity in dir. hostSecretFile is empty for a
-// person's, or where an agent's host secret is (see OpenHostSecret). It wraps
+// person's, or where an agent's host secret is (see OpenHostSecret); an
+// identity whose key is not sealed is then refused. It wraps
 // dek.ErrNotFound if there is no identity, dek.ErrInvalid for a file others can
 // read or that is malformed, dek.ErrAuth if the host secret is not the one it
 // was sealed under. Close ends it.
@@ -76,10 +77,12 @@ func LoadIdentity(dir, hostSecretFile string) (*Identity, error) {
 	}
 	defer clear(j.Key)
 	i := &Identity{dir: dir}
-	if hostSecretFile != "" {
+	if len(j.SealedKey) > 0 {
 		if i.host, err = OpenHostSecret(hostSecretFile, false); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("identity %s is sealed: %w", path, err)
 		}
+	} else if hostSecretFile != "" {
+		return nil, fmt.Errorf("%w: identity %s: its key lies in clear although a host secret is set: enrol again", dek.ErrInvalid, path)
 	}
 	if err := i.decode(j); err != nil {
 		i.Close()
@@ -98,10 +101,6 @@ func (i *Identity) decode(j identityJSON) error {
 	switch {
 	case (len(j.Key) == 0) == (len(j.SealedKey) == 0):
 		return fmt.Errorf("%w: exactly one of key and sealed_key is wanted: enrol again", dek.ErrInvalid)
-	case len(j.SealedKey) > 0 && i.host == nil:
-		return fmt.Errorf("%w: it is sealed under a host secret: set host_secret_file", dek.ErrInvalid)
-	case len(j.Key) > 0 && i.host != nil:
-		return fmt.Errorf("%w: its key lies in clear although a host secret is set: enrol again", dek.ErrInvalid)
 	case i.host != nil:
 		var err error
 		if der, err = i.host.Open(identityBinding(j.Principal), j.SealedKey); err != nil {
