@@ -29,7 +29,7 @@ func TestMemoryLimit(t *testing.T) {
 	check(t, err)
 	cmd := exec.Command(self, "-test.run=^TestMemoryLimit$")
 	cmd.Env = append(os.Environ(), limitEnv+"=1")
-	out, err := cmd.CombinedOutput()
+	out, err := cmd.Output()
 	check(t, err)
 	if got := strings.TrimSpace(string(out)); got != "ok: 1024 keys" {
 		t.Errorf("child says %s", got)
@@ -58,9 +58,34 @@ func limitedChild() string {
 	if !errors.Is(err, dek.ErrExhausted) || !strings.Contains(err.Error(), "LimitMEMLOCK=") {
 		return fmt.Sprintf("%d keys, then %v", len(held), err)
 	}
-	held[0].Destroy()
-	if _, err := dek.NewKey(); err != nil {
-		return "destroyed key made no room: " + err.Error()
+	if msg := fullArena(held); msg != "" {
+		return msg
 	}
 	return fmt.Sprintf("ok: %d keys", len(held))
+}
+
+// fullArena tries what needs memory while there is none, and then with room.
+func fullArena(held []*dek.Key) string {
+	k, from := held[0], secretBytes()
+	calls := map[string]func() error{
+		"KeyFrom": func() error { _, err := dek.KeyFrom(from); return err },
+		"Clone":   func() error { _, err := k.Clone(); return err },
+		"Seal":    func() error { _, err := k.Seal(place(), nil); return err },
+	}
+	for name, f := range calls {
+		if err := f(); !errors.Is(err, dek.ErrExhausted) {
+			return fmt.Sprintf("%s in a full arena: %v", name, err)
+		}
+	}
+	if from[0] != 0 {
+		return "KeyFrom in a full arena kept the bytes"
+	}
+	held[1].Destroy()
+	if _, err := k.Seal(place(), nil); err != nil {
+		return "destroyed key made no room: " + err.Error()
+	}
+	if n := dek.Memory().Keys; n != len(held) {
+		return fmt.Sprintf("%d slots in use, want %d", n, len(held))
+	}
+	return ""
 }
