@@ -119,14 +119,20 @@ func checkLabel(label string) error {
 	return nil
 }
 
-// privateKey derives the HPKE key pair of seed and passes it to f. Go has no
-// way to wipe the derived private key: it stays on the heap until reused.
+// privateKey derives the HPKE key pair of seed and passes it to f, which must
+// not keep it. Go has no way to wipe the derived halves, which stay on the heap
+// until that is reused, but Bytes gives access to its copy of the seed.
 func privateKey(seed *dek.Key, f func(hpke.PrivateKey) error) error {
 	return seed.Use(func(b []byte) error {
 		priv, err := kem().NewPrivateKey(b)
 		if err != nil {
 			return fmt.Errorf("derive key pair: %w", err)
 		}
+		defer func() {
+			if seed, err := priv.Bytes(); err == nil {
+				clear(seed)
+			}
+		}()
 		return f(priv)
 	})
 }
