@@ -73,6 +73,7 @@ type keyring struct {
 	state  byte
 	latest uint32
 	keys   map[uint32][]byte
+	hidden map[uint32]bool // not in LIST
 }
 
 // An Agent is a scripted Keyward agent: the whole protocol, with keys of its
@@ -140,7 +141,7 @@ func (a *Agent) Stop() {
 // Add makes a keyring with version 1.
 func (a *Agent) Add(id uint32, name string) {
 	a.change(func() {
-		a.rings[id] = &keyring{name: name, state: StateActive, latest: 1, keys: map[uint32][]byte{1: newKey()}}
+		a.rings[id] = &keyring{name: name, state: StateActive, latest: 1, keys: map[uint32][]byte{1: newKey()}, hidden: map[uint32]bool{}}
 	})
 }
 
@@ -159,6 +160,11 @@ func (a *Agent) Roll(id uint32) uint32 {
 // SetState sets a keyring's state; StateDenied refuses every GET of it.
 func (a *Agent) SetState(id uint32, state byte) {
 	a.change(func() { a.rings[id].state = state })
+}
+
+// Hide leaves a version out of LIST. GET still gives it.
+func (a *Agent) Hide(id, version uint32) {
+	a.change(func() { a.rings[id].hidden[version] = true })
 }
 
 // SetFault sets what decides about the answer of each request; nil answers all
@@ -381,8 +387,9 @@ func (a *Agent) list() []byte {
 		b = binary.BigEndian.AppendUint32(b, id)
 		b = binary.BigEndian.AppendUint32(b, r.latest)
 		b = appendString(append(b, r.state), r.name)
-		b = binary.BigEndian.AppendUint16(b, uint16(len(r.keys)))
-		for _, v := range slices.Sorted(maps.Keys(r.keys)) {
+		versions := slices.DeleteFunc(slices.Sorted(maps.Keys(r.keys)), func(v uint32) bool { return r.hidden[v] })
+		b = binary.BigEndian.AppendUint16(b, uint16(len(versions)))
+		for _, v := range versions {
 			b = binary.BigEndian.AppendUint32(b, v)
 		}
 	}

@@ -209,7 +209,7 @@ func freePort() (int, error) {
 func (s *Server) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	db, err := s.open()
+	db, err := s.Open("root", "")
 	if err != nil {
 		return err
 	}
@@ -234,9 +234,10 @@ func (s *Server) waitReady(ctx context.Context) error {
 	}
 }
 
-func (s *Server) open() (*sql.DB, error) {
+// Open is a pool of connections of another account; the caller closes it.
+func (s *Server) Open(user, password string) (*sql.DB, error) {
 	c := mysql.NewConfig()
-	c.User, c.Net, c.Addr = "root", "unix", s.Socket()
+	c.User, c.Passwd, c.Net, c.Addr = user, password, "unix", s.Socket()
 	c.InterpolateParams = true
 	c.Logger = &mysql.NopLogger{}
 	connector, err := mysql.NewConnector(c)

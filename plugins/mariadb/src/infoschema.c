@@ -52,7 +52,7 @@ static struct {
   int (*store_string)(void *field, const char *, size_t, const void *charset);
   int (*store_int)(void *field, long long, char is_unsigned);
   char (*check_access)(void *thd, unsigned long long privilege, char no_errors);
-  const char *string_vtable, *int_vtable;
+  const char *string_vtable, *int_vtable, *unused_vtable;
   const void *const *charset;
 } server;
 
@@ -106,6 +106,7 @@ static void find_server(void) {
   function(&server.check_access, "_Z19check_global_accessP3THD11privilege_tb");
   server.string_vtable = symbol("_ZTV15Field_varstring");
   server.int_vtable = symbol("_ZTV14Field_longlong");
+  server.unused_vtable = symbol("_ZTV12Field_string");
   server.charset = symbol("system_charset_info");
   symbol("type_handler_ulonglong");
   symbol("type_handler_varchar");
@@ -131,7 +132,8 @@ static bool peek(const void *from, void *to, size_t n) {
 }
 
 /* The TABLE's field objects, or false if they are not of the classes that the
-   columns must have. */
+   columns must have. Columns a statement does not use are made CHAR(0): NULL
+   in fields. */
 static bool find_fields(const char *table_list, void **table, void *fields[COLUMNS]) {
   void **array;
   if (!peek(table_list + TABLE_LIST_TABLE, table, sizeof *table))
@@ -143,13 +145,23 @@ static bool find_fields(const char *table_list, void **table, void *fields[COLUM
     if (!peek(fields[i], &vtable, sizeof vtable))
       return false;
     bool text = columns[i].type_handler == columns[KEYRING].type_handler;
-    if (vtable != (text ? server.string_vtable : server.int_vtable) + VTABLE_HEAD)
+    if (vtable == server.unused_vtable + VTABLE_HEAD)
+      fields[i] = NULL;
+    else if (vtable != (text ? server.string_vtable : server.int_vtable) + VTABLE_HEAD)
       return false;
   }
   return true;
 }
 
-static void text(void *field, const char *s) { server.store_string(field, s, strlen(s), *server.charset); }
+static void text(void *field, const char *s) {
+  if (field)
+    server.store_string(field, s, strlen(s), *server.charset);
+}
+
+static void number(void *field, uint64_t n) {
+  if (field)
+    server.store_int(field, (long long)n, 1);
+}
 
 static const char *state_name(enum kw_state state) {
   switch (state) {
@@ -176,13 +188,13 @@ static int fill(void *thd, void *table_list, void *condition __attribute__((unus
   int rc = 0;
   for (size_t i = 0; !rc && (i = kw_table_rows(i, row)) != 0;) {
     bool away = !st.connected && row->state != KW_STATE_DENIED;
-    server.store_int(fields[KEY_ID], row->id, 1);
+    number(fields[KEY_ID], row->id);
     text(fields[KEYRING], row->keyring);
-    server.store_int(fields[LATEST_VERSION], row->latest, 1);
-    server.store_int(fields[VERSIONS_HELD], row->held, 1);
+    number(fields[LATEST_VERSION], row->latest);
+    number(fields[VERSIONS_HELD], row->held);
     text(fields[VERSIONS], row->versions);
     text(fields[STATE], away ? "unreachable" : state_name(row->state));
-    server.store_int(fields[REFRESH_AGE], (long long)(st.age_ms / 1000), 1);
+    number(fields[REFRESH_AGE], st.age_ms / 1000);
     text(fields[LAST_ERROR], away ? st.last_error : row->error);
     rc = server.store_row(thd, table) != 0;
   }
@@ -195,7 +207,7 @@ static int reset(void) {
   struct kw_error e;
   if (!kw_session_refresh(&e))
     return 0;
-  kw_log(KW_WARN, "FLUSH KEYWARD_KEYS: %s", e.text);
+  kw_tell_client(&e);
   return 1;
 }
 

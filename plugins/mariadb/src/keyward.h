@@ -48,6 +48,9 @@ enum kw_level { KW_NOTE, KW_WARN, KW_ERROR };
 void kw_log(enum kw_level level, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* Fails the statement of the calling thread with e, and logs it. */
+void kw_tell_client(const struct kw_error *e);
+
 /* ---- settings and counters --------------------------------------------- */
 
 enum kw_cipher { KW_CTR = 0, KW_CBC = 1 };
@@ -97,7 +100,7 @@ struct kw_row {
   enum kw_state state;
   char keyring[256];
   char versions[512]; /* "1,3,5"; ends in "..." when cut */
-  char error[512];
+  char error[1024];
 };
 
 /* A key version that the agent lists and this process does not hold yet. */
@@ -127,6 +130,7 @@ bool kw_table_key(uint32_t id, uint32_t version, uint8_t out[KW_KEY_SIZE]);
 void kw_table_used(uint32_t id, uint32_t version);
 
 /* Notes what a LIST said. Never announces anything. */
+void kw_table_generation(uint64_t generation);
 bool kw_table_note(const struct kw_list_entry *e, uint64_t round);
 void kw_table_unlisted(uint64_t round); /* ids not in this round */
 
@@ -134,7 +138,10 @@ void kw_table_unlisted(uint64_t round); /* ids not in this round */
    version of its id. *rolled is set when that replaced an announced one. */
 bool kw_table_put(uint32_t id, uint32_t version,
                   const uint8_t key[KW_KEY_SIZE], bool *rolled);
-void kw_table_error(uint32_t id, const char *text);
+
+/* Notes why a version could not be had. One that was refused (denied, not
+   found) is not wanted again before the agent's generation changes. */
+void kw_table_error(uint32_t id, uint32_t version, const struct kw_error *e);
 void kw_table_deny_all(const char *text); /* the instance itself was refused */
 
 /* Up to max versions that are listed and not held, current ones first. With
@@ -161,8 +168,7 @@ bool kw_threads_start(void);
 void kw_threads_stop(void);
 void kw_session_close(void);
 
-/* Fetches one version, or looks for a new key id (version 0), on the second
-   connection; returns within the timeout. */
+/* Fetches one version on the second connection; returns within the timeout. */
 enum kw_class kw_session_fetch(uint32_t id, uint32_t version, struct kw_error *e);
 /* A refresh now, by the caller; returns within a few timeouts. */
 enum kw_class kw_session_refresh(struct kw_error *e);

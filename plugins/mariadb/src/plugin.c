@@ -39,6 +39,17 @@ enum kw_class kw_fail(struct kw_error *e, enum kw_class c, const char *fmt, ...)
   return c;
 }
 
+/* A server takes over the hook early on. mariadb-backup leaves it at its
+   default, which drops what is meant for an error log alone; nor does it end
+   plugins, so that a thread of ours would make its exit wait five seconds. */
+typedef void message_handler(unsigned int, const char *, myf);
+extern message_handler *error_handler_hook __attribute__((weak));
+extern message_handler my_message_stderr __attribute__((weak));
+
+static bool in_backup(void) {
+  return &error_handler_hook && my_message_stderr && error_handler_hook == my_message_stderr;
+}
+
 /* The server cuts a message at 511 bytes and an agent's may be longer (it
    names key, version, endpoint and remedy): long ones get several lines. */
 void kw_log(enum kw_level level, const char *fmt, ...) {
@@ -56,10 +67,18 @@ void kw_log(enum kw_level level, const char *fmt, ...) {
         cut--;
     char line[456];
     snprintf(line, sizeof line, "%.*s", (int)cut, p);
-    my_printf_error(ER_UNKNOWN_ERROR, "keyward: %s%s", ME_ERROR_LOG_ONLY | flags[level], lead, line);
+    if (in_backup())
+      fprintf(stderr, "keyward: %s%s\n", lead, line);
+    else
+      my_printf_error(ER_UNKNOWN_ERROR, "keyward: %s%s", ME_ERROR_LOG_ONLY | flags[level], lead, line);
     p += cut;
     lead = "...";
   } while (*p);
+}
+
+void kw_tell_client(const struct kw_error *e) {
+  kw_log(KW_WARN, "%s", e->text);
+  my_printf_error(ER_UNKNOWN_ERROR, "keyward: %.400s", MYF(0), e->text);
 }
 
 /* ---- key functions ------------------------------------------------------------------ */
@@ -152,7 +171,7 @@ static void update_enum(MYSQL_THD thd __attribute__((unused)), struct st_mysql_s
 static void update_refresh(MYSQL_THD thd __attribute__((unused)), struct st_mysql_sys_var *v __attribute__((unused)), void *to __attribute__((unused)), const void *from) {
   struct kw_error e;
   if (*(const char *)from && kw_session_refresh(&e))
-    my_printf_error(ER_UNKNOWN_ERROR, "keyward: %.400s", ME_ERROR_LOG, e.text);
+    kw_tell_client(&e);
 }
 
 static MYSQL_SYSVAR_STR(socket, var.socket, PLUGIN_VAR_RQCMDARG | PLUGIN_VAR_READONLY, "Path of the Keyward agent's socket", NULL, NULL, DEFAULT_SOCKET);
@@ -278,7 +297,8 @@ static int init(void *p __attribute__((unused))) {
   apply_settings();
   if (!kw_crypt_init(&e) || kw_session_start(&e) != KW_OK)
     return refuse(&e);
-  if (!kw_threads_start()) {
+  /* a backup asks when it meets a version it does not hold */
+  if (!in_backup() && !kw_threads_start()) {
     kw_fail(&e, KW_INTERNAL, "no thread could be started");
     return refuse(&e);
   }

@@ -20,14 +20,14 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-#define MAX_WANTS 4096
+#define MAX_WANTS 16384 /* more do not fit a LIST frame */
 #define MAX_USES 1000
 #define WAIT_MS 5000        /* longest WAIT; also how soon a hung agent shows */
 #define INCOMPLETE_MS 1000  /* WAIT while a listed key could not be had yet */
 #define BACKOFF_MIN_MS 50
 #define BACKOFF_MAX_MS 5000
 #define PACE_MS 20          /* between two refreshes, at least */
-#define OLD_KEYS_MS 1000    /* time a server start spends on older versions */
+#define MISS_RETRY_MS 25    /* between two attempts at a missing key */
 
 /* Of the server; absent where the plugin is loaded by something else. */
 extern char my_thread_init(void) __attribute__((weak));
@@ -44,7 +44,6 @@ static struct {
   struct kw_conn background; /* the refresher's, before it the starter's */
   pthread_mutex_t miss_mu;   /* guards miss */
   struct kw_conn miss;
-  _Atomic uint64_t miss_not_before; /* after a hang: fail fast until then */
   pthread_mutex_t mu; /* guards what follows */
   bool connected;
   uint64_t refreshed; /* kw_now_ms() of the newest successful refresh */
@@ -58,6 +57,9 @@ static struct {
        .miss = {.fd = -1}};
 
 static uint64_t timeout_ms(void) { return atomic_load(&kw_settings.timeout_ms); }
+
+/* When the answer to a question asked now is late. */
+static uint64_t soon(void) { return kw_now_ms() + timeout_ms(); }
 
 /* ---- status -------------------------------------------------------------- */
 
@@ -105,12 +107,11 @@ void kw_session_status(struct kw_session_status *out) {
 /* Is it a refusal of the agent (the session goes on), not a broken session? */
 static bool from_agent(enum kw_class c) { return c >= KW_INVALID && c <= KW_INTERNAL; }
 
-static enum kw_class open_session(struct kw_conn *c, struct kw_error *e) {
+static enum kw_class open_session(struct kw_conn *c, uint64_t deadline, struct kw_error *e) {
   struct kw_hello h = {kw_settings.instance, s.nonce, !atomic_load(&s.warm)};
   struct kw_hello_reply reply;
   if (c->fd >= 0)
     return KW_OK;
-  uint64_t deadline = kw_now_ms() + timeout_ms();
   enum kw_class rc = kw_conn_open(c, kw_settings.socket_path, deadline, e);
   if (!rc)
     rc = kw_call_hello(c, &h, deadline, &reply, e);
@@ -124,13 +125,14 @@ static enum kw_class open_session(struct kw_conn *c, struct kw_error *e) {
 static enum kw_class list(struct kw_conn *c, uint64_t *generation, struct kw_error *e) {
   struct kw_list l;
   struct kw_list_entry entry;
-  enum kw_class rc = kw_call_list(c, kw_now_ms() + timeout_ms(), &l, e);
+  enum kw_class rc = kw_call_list(c, soon(), &l, e);
   if (rc)
     return rc;
   uint64_t round = atomic_fetch_add(&s.round, 1) + 1;
   *generation = l.generation;
   if (l.left == 0 && !atomic_load(&s.warm))
     return kw_fail(e, KW_NOT_FOUND, "the agent has no keyring for this instance; the security officer runs: keyward plugin prepare mariadb, then the DBA: keyward plugin register mariadb");
+  kw_table_generation(l.generation);
   while (kw_list_next(&l, &entry))
     if (!kw_table_note(&entry, round))
       kw_log(KW_ERROR, "key id %u: no memory, or too many key ids", entry.id);
@@ -139,34 +141,41 @@ static enum kw_class list(struct kw_conn *c, uint64_t *generation, struct kw_err
 }
 
 /* Gets one key into locked memory and into the table. */
-static enum kw_class get(struct kw_conn *c, const struct kw_want *w, bool *rolled, struct kw_error *e) {
+static enum kw_class get(struct kw_conn *c, const struct kw_want *w, uint64_t deadline, bool *rolled, struct kw_error *e) {
   uint8_t *key = c->secret + KW_SECRET;
-  enum kw_class rc = kw_call_get(c, w, kw_now_ms() + timeout_ms(), key, e);
+  enum kw_class rc = kw_call_get(c, w, deadline, key, e);
   if (!rc && !kw_table_put(w->id, w->version, key, rolled))
     rc = kw_fail(e, KW_INTERNAL, "key id %u version %u could not be stored", w->id, w->version);
   else if (rc)
-    kw_table_error(w->id, e->text);
+    kw_table_error(w->id, w->version, e);
   explicit_bzero(key, KW_KEY_SIZE);
   return rc;
 }
 
+/* May a server start without this version? Not without a current one, and not
+   without an old one that could not be asked for: a page read that finds its
+   key missing makes InnoDB call the table corrupted until the next start. An
+   old one that the KMS refuses was retired by a person. */
+static bool start_without(const struct kw_want *w, enum kw_class rc, const struct kw_error *e) {
+  if (w->current || (rc != KW_DENIED && rc != KW_NOT_FOUND))
+    return false;
+  kw_log(KW_WARN, "starting without key id %u version %u: %s", w->id, w->version, e->text);
+  return true;
+}
+
 /* Gets what is listed and not held, newest versions first. A version that the
-   agent refuses does not stop the others, except at a cold start, which needs
-   every current one. */
-static enum kw_class get_wanted(struct kw_conn *c, uint64_t until, bool *rolled, struct kw_error *e) {
+   agent refuses does not stop the others, except at a cold start. */
+static enum kw_class get_wanted(struct kw_conn *c, bool *rolled, struct kw_error *e) {
   bool cold = !atomic_load(&s.warm);
   struct kw_want *w = calloc(MAX_WANTS, sizeof *w);
   if (!w)
     return kw_fail(e, KW_INTERNAL, "out of memory");
   size_t n = kw_table_wanted(w, MAX_WANTS, cold);
   enum kw_class rc = KW_OK;
-  for (size_t i = 0; i < n; i++) {
-    if (!w[i].current && kw_now_ms() >= until)
-      break;
-    rc = get(c, &w[i], rolled, e);
-    if (rc && (!from_agent(rc) || (cold && w[i].current)))
-      break;
-    rc = KW_OK;
+  for (size_t i = 0; i < n && !rc; i++) {
+    rc = get(c, &w[i], soon(), rolled, e);
+    if (from_agent(rc) && (!cold || start_without(&w[i], rc, e)))
+      rc = KW_OK;
   }
   free(w);
   return rc;
@@ -177,18 +186,18 @@ static enum kw_class report(struct kw_conn *c, struct kw_error *e) {
   size_t n = kw_table_uses(u, MAX_USES);
   if (n == 0)
     return KW_OK;
-  enum kw_class rc = kw_call_report(c, u, n, kw_now_ms() + timeout_ms(), e);
+  enum kw_class rc = kw_call_report(c, u, n, soon(), e);
   return from_agent(rc) ? KW_OK : rc;
 }
 
 /* Opens the session if needed, lists, gets. Never lets go of anything. */
-static enum kw_class refresh(struct kw_conn *c, uint64_t until, uint64_t *generation, struct kw_error *e) {
+static enum kw_class refresh(struct kw_conn *c, uint64_t *generation, struct kw_error *e) {
   bool rolled = false;
-  enum kw_class rc = open_session(c, e);
+  enum kw_class rc = open_session(c, soon(), e);
   if (!rc)
     rc = list(c, generation, e);
   if (!rc)
-    rc = get_wanted(c, until, &rolled, e);
+    rc = get_wanted(c, &rolled, e);
   if (rolled)
     kw_poke();
   if (rc)
@@ -235,7 +244,7 @@ enum kw_class kw_session_start(struct kw_error *e) {
     return kw_fail(e, KW_INTERNAL, "no memory, event descriptor or random numbers: %s", strerror(errno));
   bool told = false;
   for (unsigned backoff = BACKOFF_MIN_MS;; backoff = next_backoff(backoff)) {
-    enum kw_class rc = refresh(&s.background, kw_now_ms() + OLD_KEYS_MS, &generation, e);
+    enum kw_class rc = refresh(&s.background, &generation, e);
     if (!rc) {
       atomic_store(&s.warm, true);
       note_connected(true);
@@ -296,7 +305,7 @@ static enum kw_class stay_connected(struct kw_error *e) {
   bool first = true;
   for (;;) {
     uint64_t generation = 0;
-    enum kw_class rc = refresh(&s.background, UINT64_MAX, &generation, e);
+    enum kw_class rc = refresh(&s.background, &generation, e);
     if (!rc)
       rc = report(&s.background, e);
     if (rc)
@@ -376,62 +385,49 @@ void kw_session_close(void) {
 
 /* ---- misses -------------------------------------------------------------------- */
 
-/* Takes the second connection within one timeout. After a hang the next
-   callers fail at once for as long, so that a server whose agent is stuck
-   spends at most half of a thread's time waiting for it. */
-static bool take_miss(struct kw_error *e) {
-  uint64_t now = kw_now_ms();
-  struct timespec t;
-  if (now < atomic_load(&s.miss_not_before)) {
-    kw_fail(e, KW_TIMEOUT, "agent socket %s: the agent does not answer", kw_settings.socket_path);
-    return false;
-  }
-  uint64_t until = now + timeout_ms();
-  t.tv_sec = (time_t)(until / 1000);
-  t.tv_nsec = (long)(until % 1000) * 1000000;
+/* Takes the second connection, by the deadline. */
+static bool take_miss(uint64_t deadline, struct kw_error *e) {
+  struct timespec t = {(time_t)(deadline / 1000), (long)(deadline % 1000) * 1000000};
   if (pthread_mutex_clocklock(&s.miss_mu, CLOCK_MONOTONIC, &t) == 0)
     return true;
   kw_fail(e, KW_TIMEOUT, "agent socket %s: busy for longer than keyward_timeout", kw_settings.socket_path);
   return false;
 }
 
-static void leave_miss(enum kw_class rc) {
-  if (rc == KW_TIMEOUT)
-    atomic_store(&s.miss_not_before, kw_now_ms() + timeout_ms());
-  pthread_mutex_unlock(&s.miss_mu);
-}
-
-/* An idle connection may have been closed by a restarted agent: one more try
-   on a fresh one. Asking twice is safe, GET changes nothing. */
+/* Tries until the deadline while the agent or the KMS cannot be reached: the
+   agent may be restarting, and InnoDB never asks again for a key it was
+   refused. Asking twice is safe, GET changes nothing. */
 enum kw_class kw_session_fetch(uint32_t id, uint32_t version, struct kw_error *e) {
   struct kw_want w = {id, version, false};
   bool rolled = false;
-  if (!take_miss(e))
+  uint64_t deadline = soon();
+  if (!take_miss(deadline, e))
     return e->class;
   enum kw_class rc = KW_OK;
-  if (!kw_table_key(id, version, NULL)) /* another thread may have got it */
-    for (int attempt = 0; attempt < 2; attempt++) {
-      bool kept = s.miss.fd >= 0;
-      rc = open_session(&s.miss, e);
-      if (!rc)
-        rc = get(&s.miss, &w, &rolled, e);
-      if (rc != KW_TRANSPORT || !kept)
-        break;
-    }
-  leave_miss(rc);
+  while (!kw_table_key(id, version, NULL)) { /* another thread may have got it */
+    rc = open_session(&s.miss, deadline, e);
+    if (!rc)
+      rc = get(&s.miss, &w, deadline, &rolled, e);
+    bool again = rc == KW_TRANSPORT || rc == KW_UNAVAILABLE;
+    if (!again || kw_now_ms() + MISS_RETRY_MS >= deadline || stopping(MISS_RETRY_MS))
+      break;
+  }
+  pthread_mutex_unlock(&s.miss_mu);
   if (rolled)
     kw_poke();
   return rc;
 }
 
+/* An idle connection may have been closed by a restarted agent: one more try
+   on a fresh one. */
 enum kw_class kw_session_refresh(struct kw_error *e) {
   uint64_t generation;
-  if (!take_miss(e))
+  if (!take_miss(soon(), e))
     return e->class;
   bool kept = s.miss.fd >= 0;
-  enum kw_class rc = refresh(&s.miss, kw_now_ms() + timeout_ms(), &generation, e);
+  enum kw_class rc = refresh(&s.miss, &generation, e);
   if (rc == KW_TRANSPORT && kept)
-    rc = refresh(&s.miss, kw_now_ms() + timeout_ms(), &generation, e);
-  leave_miss(rc);
+    rc = refresh(&s.miss, &generation, e);
+  pthread_mutex_unlock(&s.miss_mu);
   return rc;
 }

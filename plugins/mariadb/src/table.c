@@ -15,6 +15,7 @@ struct version {
   bool listed;       /* in the newest LIST */
   bool unreported;   /* used since the last REPORT */
   uint64_t used;     /* unix seconds, 0 never */
+  uint64_t refused;  /* the agent's generation when it refused this one */
   const uint8_t *key; /* locked memory, NULL not held */
 };
 
@@ -25,7 +26,7 @@ struct ring {
   uint32_t listed_latest;
   enum kw_state state;
   uint64_t round;
-  char keyring[256], error[512];
+  char keyring[256], error[1024];
   struct version *v; /* ascending */
   size_t n;
 };
@@ -39,6 +40,7 @@ static _Atomic(struct ring *) buckets[BUCKETS];
 static struct {
   pthread_mutex_t mu;
   size_t rings;
+  uint64_t generation;
 } table = {.mu = PTHREAD_MUTEX_INITIALIZER};
 
 static size_t bucket(uint32_t id) { return (id * 2654435761u) >> 19; }
@@ -241,11 +243,20 @@ bool kw_table_put(uint32_t id, uint32_t version, const uint8_t key[KW_KEY_SIZE],
   return ok;
 }
 
-void kw_table_error(uint32_t id, const char *text) {
+void kw_table_generation(uint64_t generation) {
+  pthread_mutex_lock(&table.mu);
+  table.generation = generation;
+  pthread_mutex_unlock(&table.mu);
+}
+
+void kw_table_error(uint32_t id, uint32_t version, const struct kw_error *e) {
   pthread_mutex_lock(&table.mu);
   struct ring *r = find(id);
+  struct version *v = r ? find_version(r, version) : NULL;
+  if (v && (e->class == KW_DENIED || e->class == KW_NOT_FOUND))
+    v->refused = table.generation;
   if (r)
-    snprintf(r->error, sizeof r->error, "%s", text);
+    snprintf(r->error, sizeof r->error, "%s", e->text);
   pthread_mutex_unlock(&table.mu);
 }
 
@@ -260,7 +271,7 @@ static void want(struct ring *r, void *arg) {
   if (r->state == KW_STATE_DENIED && !c->flag)
     return;
   for (size_t i = 0; i < r->n && c->n < c->max; i++)
-    if (r->v[i].listed && !r->v[i].key)
+    if (r->v[i].listed && !r->v[i].key && (c->flag || r->v[i].refused != table.generation))
       ((struct kw_want *)c->out)[c->n++] = (struct kw_want){r->id, r->v[i].number, r->v[i].number == r->listed_latest};
 }
 
