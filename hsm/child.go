@@ -45,7 +45,7 @@ func laneOf(op byte) int {
 // laneWindow is how many requests the parent keeps in the child per worker:
 // enough that a worker never waits for the socket, few enough that a caller
 // who gives up costs no device time and the deadline is that of the device.
-const laneWindow = 4
+const laneWindow = 8
 
 func laneWorkers(lane, workers int) int {
 	if lane == laneRSA {
@@ -93,13 +93,13 @@ func serveChild(ctx context.Context, conn net.Conn) error {
 		return errors.Join(errShort, err)
 	}
 	// Workers sit in C, each holding a P; the socket needs one that is free.
-	runtime.GOMAXPROCS(h.workers + laneCount + 1)
+	runtime.GOMAXPROCS(h.workers + 2)
 	d, err := openDevice(ctx, h)
 	if err != nil {
 		status, text := statusOf(err)
 		return errors.Join(err, w.send(first.seq, status, []byte(text)))
 	}
-	c := &child{d: d, w: w}
+	c := &child{d: d, w: w, patience: time.Duration(h.workers) * lateFlush}
 	if err := c.start(h.workers); err != nil {
 		status, text := statusOf(err)
 		return errors.Join(err, w.send(first.seq, status, []byte(text)))
@@ -121,6 +121,10 @@ type child struct {
 	lanes [laneCount]chan *request
 	pool  sync.Pool
 	wg    sync.WaitGroup
+
+	// patience over the time of one operation is how many answers may gather
+	// while there is more to do.
+	patience time.Duration
 }
 
 // A request is one frame with a buffer of its own.
@@ -197,6 +201,7 @@ func (c *child) drain(limit time.Duration) bool {
 func (c *child) work(s *session, lane <-chan *request) {
 	defer s.close()
 	for q := range lane {
+		begin := time.Now()
 		body, err := c.serve(s, q.op, q.store[:q.n])
 		status := byte(statusOK)
 		if err != nil {
@@ -204,13 +209,15 @@ func (c *child) work(s *session, lane <-chan *request) {
 			status, text = statusOf(err)
 			body = []byte(text)
 		}
-		sendErr := c.w.send(q.seq, status, body)
+		batch := 1
+		if len(lane) > 0 { // busy: a short wait costs nobody anything
+			batch += min(int(c.patience/time.Since(begin)), cap(lane)/2) // the other half feeds the workers
+		}
+		// An error means that the parent is gone; the reader sees it, too.
+		_ = c.w.post(q.seq, status, body, batch)
 		clear(s.out[:])
 		clear(q.store[:q.n])
 		c.pool.Put(q)
-		if sendErr != nil {
-			continue // the parent is gone; the reader will see it, too
-		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -224,6 +225,7 @@ func (l *link) do(ctx context.Context, op byte, limit time.Duration, body []byte
 	}
 	l.calls[seq] = c
 	l.mu.Unlock()
+	runtime.Gosched() // answers come in groups: let the others queue their next calls, too
 	if err := l.w.send(seq, op, body); err != nil {
 		l.end(fmt.Errorf("%w: token child died: %w", dek.ErrUnavailable, err))
 	}

@@ -195,11 +195,23 @@ type frameWriter struct {
 	err     error
 	buf     []byte
 	spare   []byte
+	frames  int         // in buf
+	late    *time.Timer // flushes what post left, nil before the first
 }
 
-// send queues one frame of the joined parts and returns once it is written or
-// another sender has taken it on. Written bytes are wiped.
+// lateFlush bounds how long a posted frame waits for company.
+const lateFlush = 4 * time.Millisecond
+
+// send queues one frame and returns once it is written or another sender has
+// taken it on. Written bytes are wiped.
 func (w *frameWriter) send(seq uint32, code byte, body []byte) error {
+	return w.post(seq, code, body, 1)
+}
+
+// post is send, but leaves the frame until batch of them have come together, or
+// lateFlush has passed. Each write wakes the other process, which costs more
+// than the write.
+func (w *frameWriter) post(seq uint32, code byte, body []byte, batch int) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err != nil {
@@ -209,19 +221,42 @@ func (w *frameWriter) send(seq uint32, code byte, body []byte) error {
 	w.buf = binary.BigEndian.AppendUint32(w.buf, seq)
 	w.buf = append(w.buf, code)
 	w.buf = append(w.buf, body...)
+	w.frames++
 	if w.writing {
 		return nil
 	}
+	if w.frames < batch {
+		if w.late == nil {
+			w.late = time.AfterFunc(lateFlush, w.flush)
+		} else if w.frames == 1 {
+			w.late.Reset(lateFlush)
+		}
+		return nil
+	}
+	return w.write()
+}
+
+// flush writes what is queued. Its error shows in the next post.
+func (w *frameWriter) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.writing {
+		_ = w.write()
+	}
+}
+
+// write writes until nothing is left. The caller holds mu; it is released
+// while the bytes go out.
+func (w *frameWriter) write() error {
 	w.writing = true
 	for len(w.buf) > 0 && w.err == nil {
 		out := w.buf
-		w.buf = w.spare[:0]
+		w.buf, w.frames = w.spare[:0], 0
 		w.mu.Unlock()
 		_, err := w.w.Write(out)
 		clear(out)
 		w.mu.Lock()
-		w.spare = out[:0]
-		w.err = err
+		w.spare, w.err = out[:0], err
 	}
 	w.writing = false
 	return w.err
