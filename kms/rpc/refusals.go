@@ -1,0 +1,81 @@
+package rpc
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/keyward/keyward/kms"
+)
+
+// strangersPerSecond bounds the records made of strangers: they must not be
+// able to fill the disk, since a log that can't be written stops the service.
+// What is beyond is counted, and the next record says how many.
+const strangersPerSecond = 20
+
+// recordTimeout bounds the wait for one record of a refusal.
+const recordTimeout = 10 * time.Second
+
+// A strangerLimit counts strangers in the second it is in.
+type strangerLimit struct {
+	mu      sync.Mutex
+	second  int64
+	n       int
+	dropped int
+}
+
+// pass reports whether a record may be made at now, and how many were not.
+func (h *strangerLimit) pass(now time.Time) (ok bool, dropped int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if at := now.Unix(); at != h.second {
+		h.second, h.n = at, 0
+	}
+	if h.n >= strangersPerSecond {
+		h.dropped++
+		return false, 0
+	}
+	h.n++
+	dropped, h.dropped = h.dropped, 0
+	return true, dropped
+}
+
+// record keeps a refusal of the front door. The answer is an error either way,
+// so a record that can't be made is logged.
+func (s *Server) record(ctx context.Context, c *call, err error) {
+	e := kms.Event{
+		Time: s.config.Now(), Phase: kms.PhaseRefused, Operation: c.method.op,
+		Principal: c.caller.Principal, Serial: c.caller.Serial, Remote: c.caller.Remote,
+		Correlation: c.caller.Correlation, Rule: "front door", Result: classify(err).err.Error(),
+		Note: printable(err.Error()),
+	}
+	s.keep(ctx, e)
+}
+
+// refusedHandshake keeps a certificate or user that was turned away.
+func (s *Server) refusedHandshake(remote string, err error) {
+	s.keep(context.Background(), kms.Event{
+		Time: s.config.Now(), Phase: kms.PhaseRefused, Operation: "front-door.handshake",
+		Remote: remote, Rule: "front door", Result: classify(err).err.Error(), Note: printable(err.Error()),
+	})
+}
+
+func (s *Server) keep(ctx context.Context, e kms.Event) {
+	if e.Principal == "" {
+		ok, dropped := s.strangers.pass(time.Now())
+		if !ok {
+			s.metrics.unrecorded.Inc()
+			return
+		}
+		if dropped > 0 {
+			e.Note += fmt.Sprintf(" (%d more strangers were refused before this)", dropped)
+			e.Count = dropped
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, recordTimeout)
+	defer cancel()
+	if _, err := s.config.Records.Append(ctx, e); err != nil {
+		s.config.Logger.Error("a refusal could not be recorded", "operation", e.Operation, "request", e.Correlation, "error", err)
+	}
+}
