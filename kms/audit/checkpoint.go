@@ -92,7 +92,7 @@ func validLogID(s string) bool {
 
 // signaturePrefix begins the algorithm part of our note keys: type 0xff of
 // C2SP signed-note is for names of one's own.
-const signaturePrefix = "\xffkeyward.dev/audit/"
+const signaturePrefix = "\xffgithub.com/keyward/keyward/audit/"
 
 // algorithm names how pub signs: SHA-256 digests, ECDSA P-256 in ASN.1 or
 // RSASSA-PKCS1-v1_5.

@@ -106,10 +106,10 @@ func (l *Log) write(b *batch) error {
 	if err := l.makeRoom(l.off + int64(len(b.buf))); err != nil {
 		return err
 	}
-	b.edge, l.hash = l.edge, l.hash[:0] // only this goroutine changes l.edge
+	l.ahead, l.hash = l.edge, l.hash[:0] // only this goroutine changes l.edge
 	start := 0
 	for _, end := range b.ends {
-		l.hash = b.edge.add(tlog.RecordHash(b.buf[start:end]), l.hash)
+		l.hash = l.ahead.add(tlog.RecordHash(b.buf[start:end]), l.hash)
 		start = end + 1
 	}
 	l.pack = pack(l.pack[:0], l.hash)

@@ -52,11 +52,12 @@ type Log struct {
 	closing error
 
 	// The flusher's own:
-	seg  *os.File
-	off  int64 // end of the records in seg
-	room int64 // end of the zeros made ahead
-	hash []tlog.Hash
-	pack []byte
+	seg   *os.File
+	off   int64    // end of the records in seg
+	room  int64    // end of the zeros made ahead
+	ahead frontier // edge, with the batch that write wrote
+	hash  []tlog.Hash
+	pack  []byte
 }
 
 // An act is an intent that waits for its outcome.
@@ -70,7 +71,6 @@ type batch struct {
 	buf      []byte
 	ends     []int // of each record in buf, before its newline
 	events   []kms.Event
-	edge     frontier // with the batch, set by the flusher
 	done     chan struct{}
 	released bool // guarded by Log.mu
 	err      error
@@ -165,7 +165,7 @@ func (b *batch) release(err error) {
 // apply makes the records of b part of the log in memory. l.mu is held.
 func (l *Log) apply(b *batch) {
 	seq := l.edge.n
-	l.edge = b.edge
+	l.edge = l.ahead
 	for i := range b.events {
 		seq++
 		l.note(seq, &b.events[i])
