@@ -1,0 +1,175 @@
+package register
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/keyward/keyward/dek"
+)
+
+func TestLoginRefuses(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string, mode os.FileMode) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	const secret = "s3cret-of-the-dba"
+	for _, c := range []struct {
+		name  string
+		login Login
+		want  error
+	}{
+		{"socket", Login{Socket: "/run/s"}, nil},
+		{"DSN", Login{DSNFile: write("good", "root:"+secret+"@unix(/run/s)/\n", 0o600)}, nil},
+		{"neither", Login{}, dek.ErrInvalid},
+		{"both", Login{Socket: "/run/s", DSNFile: "x"}, dek.ErrInvalid},
+		{"absent DSN file", Login{DSNFile: filepath.Join(dir, "absent")}, dek.ErrInvalid},
+		{"readable DSN file", Login{DSNFile: write("open", "root:"+secret+"@unix(/run/s)/", 0o644)}, dek.ErrInvalid},
+		{"no DSN", Login{DSNFile: write("bad", secret, 0o600)}, dek.ErrInvalid},
+		{"a directory", Login{DSNFile: dir}, dek.ErrInvalid},
+		{"a large file", Login{DSNFile: write("large", strings.Repeat("x", maxDSNBytes+1), 0o600)}, dek.ErrInvalid},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := c.login.config()
+			if !errors.Is(err, c.want) {
+				t.Fatalf("got %v, want %v", err, c.want)
+			}
+			if err != nil && strings.Contains(err.Error(), secret) {
+				t.Errorf("the error shows what is in the DSN file")
+			}
+		})
+	}
+}
+
+func TestDialWithoutServer(t *testing.T) {
+	_, err := Dial(t.Context(), Login{Socket: filepath.Join(t.TempDir(), "none")})
+	if !errors.Is(err, dek.ErrUnavailable) {
+		t.Errorf("got %v, want %v", err, dek.ErrUnavailable)
+	}
+}
+
+func TestMeasure(t *testing.T) {
+	spaces := []Space{
+		{Name: "innodb_system", Encrypted: true, KeyID: 1, Oldest: 3, Newest: 3},
+		{Name: "shop/orders", Encrypted: true, KeyID: 1, Oldest: 1, Newest: 3},
+		{Name: "shop/pay", Encrypted: true, KeyID: 7, Oldest: 1, Newest: 1},
+		{Name: "shop/plain", KeyID: 1},
+	}
+	for _, c := range []struct {
+		name        string
+		key, target uint32
+		want        Progress
+	}{
+		{"under way", 1, 3, Progress{Spaces: 2, Done: 1, Plain: 1, Oldest: 1, Behind: []string{"shop/orders"}}},
+		{"done", 1, 1, Progress{Spaces: 2, Done: 2, Plain: 1, Oldest: 1}},
+		{"another key", 7, 1, Progress{Spaces: 1, Done: 1, Plain: 1, Oldest: 1}},
+		{"no such key", 9, 1, Progress{Plain: 1}},
+	} {
+		got := Measure(spaces, c.key, c.target)
+		if got.Spaces != c.want.Spaces || got.Done != c.want.Done || got.Plain != c.want.Plain || got.Oldest != c.want.Oldest ||
+			strings.Join(got.Behind, ",") != strings.Join(c.want.Behind, ",") {
+			t.Errorf("%s: got %+v, want %+v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestCnfValues(t *testing.T) {
+	for v, want := range map[string]error{
+		"/run/keyward/agent.sock": nil,
+		"agent.sock":              dek.ErrInvalid,
+		"/run/a b":                dek.ErrInvalid,
+		"/run/a#b":                dek.ErrInvalid,
+		"/run/a\nplugin_load=x":   dek.ErrInvalid,
+		"/run/'a":                 dek.ErrInvalid,
+	} {
+		if err := checkCnfValue("socket", v); !errors.Is(err, want) {
+			t.Errorf("%q: got %v, want %v", v, err, want)
+		}
+	}
+}
+
+// TestStages: the first stage demands nothing of the server, the final one
+// all of it.
+func TestStages(t *testing.T) {
+	first, final := string(firstStage("/run/a", "shop")), string(finalStage("keyward_key_management.so", "/run/a", "shop"))
+	for _, line := range []string{"plugin_load_add", "innodb_encrypt", "encrypt_binlog"} {
+		if strings.Contains(first, line) {
+			t.Errorf("the first stage demands %s", line)
+		}
+		if !strings.Contains(final, line) {
+			t.Errorf("the final stage lacks %s", line)
+		}
+	}
+	want, err := os.ReadFile("testdata/90-keyward.cnf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if final != string(want) {
+		t.Errorf("final stage: got\n%s\nwant\n%s", final, want)
+	}
+}
+
+func TestWriteFile(t *testing.T) {
+	p := filepath.Join(t.TempDir(), "f")
+	for _, c := range []struct {
+		content string
+		changed bool
+	}{{"a", true}, {"a", false}, {"b", true}} {
+		changed, err := writeFile(p, []byte(c.content), 0o640)
+		if err != nil || changed != c.changed {
+			t.Errorf("write %q: got %v, %v, want %v", c.content, changed, err, c.changed)
+		}
+		st, err := os.Stat(p)
+		if err != nil || st.Mode().Perm() != 0o640 {
+			t.Errorf("mode: got %v, %v", st.Mode(), err)
+		}
+	}
+	if _, err := writeFile(filepath.Join(t.TempDir(), "absent", "f"), nil, 0o600); err == nil {
+		t.Error("written into a directory that is not there")
+	}
+}
+
+func TestParseStartMode(t *testing.T) {
+	for _, s := range []string{"auto", "systemd", "spawn", "none"} {
+		if m, err := ParseStartMode(s); err != nil || string(m) != s {
+			t.Errorf("%s: got %v, %v", s, m, err)
+		}
+	}
+	if _, err := ParseStartMode("docker"); !errors.Is(err, dek.ErrInvalid) {
+		t.Errorf("got %v, want %v", err, dek.ErrInvalid)
+	}
+}
+
+// TestPidFile: a pid file is believed only if its process runs our agent.
+func TestPidFile(t *testing.T) {
+	r := runner{config: "/etc/no-agent-of-this-test.json", state: t.TempDir()}
+	for _, text := range []string{"", "x", "0", "1", "-5", "99999999", "4194304000"} {
+		if err := os.WriteFile(r.pidFile(), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if pid := r.running(); pid != 0 {
+			t.Errorf("%q: got pid %d of somebody else", text, pid)
+		}
+	}
+}
+
+// TestSpawnFails: an agent that ends at once is reported with its last words.
+func TestSpawnFails(t *testing.T) {
+	dir := t.TempDir()
+	prog := filepath.Join(dir, "agent")
+	if err := os.WriteFile(prog, []byte("#!/bin/sh\necho 'agent: no identity here' >&2\nexit 1\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r := runner{mode: StartSpawn, program: prog, config: "/x", state: dir, socket: filepath.Join(dir, "s")}
+	_, _, err := r.start(context.Background(), false)
+	if !errors.Is(err, dek.ErrPrecondition) || !strings.Contains(err.Error(), "no identity here") {
+		t.Errorf("got %v, want %v with the agent's words", err, dek.ErrPrecondition)
+	}
+}
