@@ -70,7 +70,7 @@ func (s *Server) enter(ctx context.Context, c *call, invoke func(context.Context
 		ctx, stop = context.WithTimeout(ctx, c.method.deadline)
 		defer stop()
 	}
-	if err := s.lanes.enter(ctx, c.method.lane); err != nil {
+	if err := s.lanes.enter(ctx, c.method); err != nil {
 		return err
 	}
 	defer s.lanes.leave(c.method.lane)

@@ -33,14 +33,6 @@ func first(errs ...error) error {
 
 func named(field, s string) error { return dek.CheckName(field, s) }
 
-// optional accepts an empty name.
-func optional(field, s string) error {
-	if s == "" {
-		return nil
-	}
-	return named(field, s)
-}
-
 func requestIDField(s string) error {
 	if !isID(s) {
 		return invalid("request_id: use up to 64 of A-Z, a-z, 0-9 and '-'")

@@ -13,6 +13,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -47,9 +48,11 @@ type door struct {
 }
 
 // A clock is the service's; TLS clients in tests keep the real one.
-type clock struct{ offset time.Duration }
+type clock struct{ offset atomic.Int64 }
 
-func (c *clock) now() time.Time { return time.Now().Add(c.offset) }
+func (c *clock) now() time.Time { return time.Now().Add(time.Duration(c.offset.Load())) }
+
+func (c *clock) jump(d time.Duration) { c.offset.Store(int64(d)) }
 
 func newSigner(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()

@@ -79,6 +79,12 @@ func classify(err error) class {
 	case errors.Is(err, context.Canceled):
 		return class{dek.ErrUnavailable, codes.Canceled, "UNAVAILABLE", false}
 	}
+	switch status.Code(err) { // gRPC's own health service, and its transport
+	case codes.NotFound:
+		return class{dek.ErrNotFound, codes.NotFound, "NOT_FOUND", false}
+	case codes.Canceled, codes.DeadlineExceeded, codes.Unavailable:
+		return class{dek.ErrUnavailable, status.Code(err), "UNAVAILABLE", false}
+	}
 	return internal()
 }
 

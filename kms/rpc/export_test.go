@@ -45,10 +45,6 @@ func Classes() []Row {
 	return rows
 }
 
-func (s *Server) Sweep() { s.sweep() }
-
-func (s *Server) OpenStreams() int { return len(s.open.list()) }
-
 // Fill takes every place of a lane and returns what gives them back.
 func (s *Server) Fill(lane string) (release func()) {
 	n := cap(s.lanes[laneName(lane)])

@@ -28,7 +28,6 @@ type house struct {
 	token    string // the one enrolment token, empty once it is used
 	enter    func(ctx context.Context) error
 	notices  chan kms.Notice
-	key      byte
 }
 
 func (h *house) in(ctx context.Context, c kms.Caller) error {

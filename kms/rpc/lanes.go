@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"time"
 )
 
 // laneSizes bounds the calls that are inside at once, per lane. Memory is what
@@ -31,22 +32,30 @@ func newLanes() lanes {
 	return l
 }
 
-// enter waits for a place until ctx ends. The caller leaves.
-func (l lanes) enter(ctx context.Context, name laneName) error {
+// laneWait bounds the wait for a place, so that a client still has time to ask
+// another node.
+const laneWait = 5 * time.Second
+
+// enter waits for a place until ctx ends; a stream does not wait. The caller
+// leaves.
+func (l lanes) enter(ctx context.Context, m *method) error {
 	select {
-	case l[name] <- struct{}{}:
+	case l[m.lane] <- struct{}{}:
 		return nil
 	default:
 	}
-	if _, ok := ctx.Deadline(); !ok {
-		return fmt.Errorf("lane %s: %w", name, errBusy) // a stream would wait for ever
+	if m.endless {
+		return fmt.Errorf("lane %s: %w", m.lane, errBusy)
 	}
+	timeout := time.NewTimer(laneWait)
+	defer timeout.Stop()
 	select {
-	case l[name] <- struct{}{}:
+	case l[m.lane] <- struct{}{}:
 		return nil
+	case <-timeout.C:
 	case <-ctx.Done():
-		return fmt.Errorf("lane %s: %w", name, errBusy)
 	}
+	return fmt.Errorf("lane %s: %w", m.lane, errBusy)
 }
 
 func (l lanes) leave(name laneName) { <-l[name] }

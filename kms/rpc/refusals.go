@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -47,7 +48,7 @@ func (s *Server) record(ctx context.Context, c *call, err error) {
 	e := kms.Event{
 		Time: s.config.Now(), Phase: kms.PhaseRefused, Operation: c.method.op,
 		Principal: c.caller.Principal, Serial: c.caller.Serial, Remote: c.caller.Remote,
-		Correlation: c.caller.Correlation, Rule: "front door", Result: classify(err).err.Error(),
+		Correlation: c.caller.Correlation, Rule: "front door", Result: resultText(err),
 		Note: printable(err.Error()),
 	}
 	s.keep(ctx, e)
@@ -57,7 +58,7 @@ func (s *Server) record(ctx context.Context, c *call, err error) {
 func (s *Server) refusedHandshake(remote string, err error) {
 	s.keep(context.Background(), kms.Event{
 		Time: s.config.Now(), Phase: kms.PhaseRefused, Operation: "front-door.handshake",
-		Remote: remote, Rule: "front door", Result: classify(err).err.Error(), Note: printable(err.Error()),
+		Remote: remote, Rule: "front door", Result: resultText(err), Note: printable(err.Error()),
 	})
 }
 
@@ -78,4 +79,9 @@ func (s *Server) keep(ctx context.Context, e kms.Event) {
 	if _, err := s.config.Records.Append(ctx, e); err != nil {
 		s.config.Logger.Error("a refusal could not be recorded", "operation", e.Operation, "request", e.Correlation, "error", err)
 	}
+}
+
+// resultText spells a class as the service's own records do: "not-found".
+func resultText(err error) string {
+	return strings.ReplaceAll(strings.ToLower(classify(err).reason), "_", "-")
 }

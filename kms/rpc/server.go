@@ -128,7 +128,6 @@ func (s *Server) newGRPC(c *codec, creds credentials.TransportCredentials) *grpc
 		grpc.MaxRecvMsgSize(maxBatchBytes),
 		grpc.MaxSendMsgSize(16*1024*kib),
 		grpc.MaxHeaderListSize(16*kib),
-		grpc.SharedWriteBuffer(true),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),

@@ -89,7 +89,7 @@ func (*tlsDoor) ClientHandshake(context.Context, string, net.Conn) (net.Conn, cr
 
 // Info implements credentials.TransportCredentials.
 func (*tlsDoor) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 
 // Clone implements credentials.TransportCredentials.

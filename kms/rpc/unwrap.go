@@ -172,7 +172,7 @@ func (i *instanceServer) answer(ctx context.Context, r *kmspb.UnwrapRequest) *km
 	row := s.rows[kmspb.Instances_Unwrap_FullMethodName]
 	ctx, cancel := context.WithTimeout(ctx, row.deadline)
 	defer cancel()
-	err := s.lanes.enter(ctx, row.lane)
+	err := s.lanes.enter(ctx, row)
 	if err == nil {
 		defer s.lanes.leave(row.lane)
 		err = contain(func() (err error) {
