@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -25,6 +26,7 @@ type link struct {
 	lanes  [laneCount]chan struct{} // free places
 	id     Identity
 	caps   Capabilities
+	last   lastWords
 	exited chan struct{}
 	ended  chan struct{}
 	readWG sync.WaitGroup
@@ -57,22 +59,24 @@ func startChild(ctx context.Context, c Config, expect Identity, limit time.Durat
 		return nil, fmt.Errorf("%w: socketpair: %w", dek.ErrUnavailable, err)
 	}
 	ours, theirs := os.NewFile(uintptr(fds[0]), "token child"), os.NewFile(uintptr(fds[1]), "token parent")
-	defer theirs.Close()
-	defer ours.Close()
 	nc, err := net.FileConn(ours)
+	ours.Close()
 	if err != nil {
+		theirs.Close()
 		return nil, fmt.Errorf("%w: socketpair: %w", dek.ErrUnavailable, err)
 	}
 	conn, ok := nc.(*net.UnixConn)
 	if !ok {
-		return nil, fmt.Errorf("%w: socketpair is %T", dek.ErrUnavailable, nc)
+		panic(fmt.Sprintf("hsm: internal error: socketpair is %T", nc))
 	}
 	l := &link{conn: conn, w: &frameWriter{w: conn}, exited: make(chan struct{}), ended: make(chan struct{}), calls: map[uint32]*call{}}
 	l.cmd = exec.Command(c.Child[0], c.Child[1:]...)
 	l.cmd.Env = append(os.Environ(), c.Env...)
-	l.cmd.Stderr = os.Stderr
+	l.cmd.Stderr = &l.last
 	l.cmd.ExtraFiles = []*os.File{theirs}
-	if err := l.cmd.Start(); err != nil {
+	err = l.cmd.Start()
+	theirs.Close() // now: with our copy open, a child's death would not show
+	if err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("%w: start token child: %w", dek.ErrPrecondition, err)
 	}
@@ -284,8 +288,47 @@ func (l *link) close(limit time.Duration) {
 func (l *link) obituary() string {
 	select {
 	case <-l.exited:
-		return l.cmd.ProcessState.String()
+		return l.cmd.ProcessState.String() + l.last.String()
 	default:
 		return "running"
 	}
+}
+
+// lastWords keeps why a child crashed, and nothing else of what it or its
+// module writes to standard error: a crash prints registers, a tracing module
+// prints PINs.
+type lastWords struct {
+	mu   sync.Mutex
+	line []byte
+	kept string
+}
+
+const maxLine = 200
+
+// Write looks at whole lines; what is longer than maxLine is cut.
+func (w *lastWords) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, c := range b {
+		if c != '\n' {
+			if len(w.line) < maxLine {
+				w.line = append(w.line, c)
+			}
+			continue
+		}
+		for _, prefix := range []string{"SIG", "panic: ", "fatal error: ", "keyward "} {
+			if len(w.kept) < maxLine && strings.HasPrefix(string(w.line), prefix) {
+				w.kept += ": " + string(w.line)
+			}
+		}
+		clear(w.line)
+		w.line = w.line[:0]
+	}
+	return len(b), nil
+}
+
+func (w *lastWords) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.kept
 }
