@@ -12,9 +12,15 @@ import (
 	"github.com/keyward/keyward/plugins/mariadb/mariadbtest"
 )
 
-// TestStartRefused: without its keys a server does not start, says why in its
-// own error log, and starts once the cause is gone.
-func TestStartRefused(t *testing.T) {
+// A refusal is a way to spoil a start and what the error log says then.
+type refusal struct {
+	name    string
+	spoil   func(*mariadbtest.Agent)
+	want    string
+	retries bool // keeps trying for keyward_start_timeout
+}
+
+func refusals() []refusal {
 	always := func(f mariadbtest.Fault) func(*mariadbtest.Agent) {
 		return func(a *mariadbtest.Agent) { a.SetFault(func(mariadbtest.Request) mariadbtest.Fault { return f }) }
 	}
@@ -30,12 +36,7 @@ func TestStartRefused(t *testing.T) {
 	}
 	kms := "keyring orders/system version 1: KMS kms1.example:7443 unreachable; remedy: keyward status"
 	long := strings.Repeat("a long explanation ", 45) + "END-OF-IT"
-	tests := []struct {
-		name    string
-		spoil   func(*mariadbtest.Agent)
-		want    string
-		retries bool // keeps trying for keyward_start_timeout
-	}{
+	return []refusal{
 		{"agent down", (*mariadbtest.Agent).Stop, "Is keyward-agent running (systemctl status keyward-agent)", true},
 		{"KMS away at HELLO", on(mariadbtest.OpHello, mariadbtest.Fault{Class: mariadbtest.ClassUnavailable, Text: kms}), kms, true},
 		{"KMS away at GET", on(mariadbtest.OpGet, mariadbtest.Fault{Class: mariadbtest.ClassUnavailable, Text: kms}), kms, true},
@@ -47,7 +48,12 @@ func TestStartRefused(t *testing.T) {
 		{"list truncated", on(mariadbtest.OpList, faults["truncated"]), "closed by the agent", true},
 		{"key of a wrong size", on(mariadbtest.OpGet, mariadbtest.Fault{Mutate: func(b []byte) []byte { b[17] = 16; return b }}), "malformed key", true},
 	}
-	for _, tt := range tests {
+}
+
+// TestStartRefused: without its keys a server does not start, says why in its
+// own error log, and starts once the cause is gone.
+func TestStartRefused(t *testing.T) {
+	for _, tt := range refusals() {
 		t.Run(tt.name, func(t *testing.T) {
 			r, c := prepared(t)
 			tt.spoil(r.agent)
@@ -267,4 +273,77 @@ func TestBackup(t *testing.T) {
 		r.checkTable(table)
 	}
 	r.stopClean()
+}
+
+// TestReadme starts a server with the configuration that README.md shows.
+func TestReadme(t *testing.T) {
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(b), "```ini\n")
+	snippet, _, ok2 := strings.Cut(rest, "```")
+	if !ok || !ok2 {
+		t.Fatal("README.md has no configuration")
+	}
+	r, c := prepared(t)
+	c.Args = []string{"--log-bin=binlog"}
+	for line := range strings.Lines(strings.ReplaceAll(snippet, "/run/keyward/agent.sock", r.agent.Path())) {
+		name, value, ok := strings.Cut(line, "=")
+		if ok && !strings.HasPrefix(line, "#") {
+			c.Args = append(c.Args, "--"+strings.TrimSpace(name)+"="+strings.TrimSpace(value))
+		}
+	}
+	if len(c.Args) < 11 {
+		t.Fatalf("only %q", c.Args)
+	}
+	if err := r.tryStart(c); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"innodb_encrypt_tables": "FORCE", "innodb_encrypt_log": "1", "encrypt_binlog": "1",
+		"encrypt_tmp_files": "1", "aria_encrypt_tables": "1", "innodb_encryption_rotate_key_age": "1"} {
+		r.want(name, r.query("SELECT @@"+name), want)
+	}
+	r.fill("t1", "")
+	r.checkTable("t1")
+	r.stopClean()
+}
+
+// TestInstallAtRunTime: a plain server becomes an encrypted one without a
+// restart, and cannot lose the plugin while it is in use.
+func TestInstallAtRunTime(t *testing.T) {
+	r, c := prepared(t)
+	c.Args = []string{"--loose-keyward-socket=" + r.agent.Path()}
+	if err := r.tryStart(c); err != nil {
+		t.Fatal(err)
+	}
+	r.fill("t1", "")
+	r.exec("INSTALL SONAME 'keyward_key_management'", "SET GLOBAL innodb_encryption_threads = 2", "SET GLOBAL innodb_encrypt_tables = ON",
+		"CREATE TABLE d.t2 ENCRYPTED=YES SELECT * FROM d.t1")
+	eventually(t, "encryption of the old table", 20*time.Second, func() bool {
+		return r.query("SELECT COUNT(*) FROM information_schema.innodb_tablespaces_encryption WHERE name LIKE 'd/%' AND min_key_version = 1") == "2"
+	})
+	if _, err := r.DB().Exec("UNINSTALL SONAME 'keyward_key_management'"); err == nil {
+		t.Log("UNINSTALL is accepted, and happens at the shutdown")
+	}
+	r.checkTable("t1")
+	r.checkTable("t2")
+	r.stopClean()
+}
+
+// TestShutdownDuringRoll stops the server while a roll is being announced and
+// InnoDB woken.
+func TestShutdownDuringRoll(t *testing.T) {
+	r := newRig(t)
+	r.fill("t1", "")
+	for range 8 {
+		r.agent.Roll(1)
+		r.stopClean()
+		if err := r.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		r.agent.Roll(1)
+		eventually(t, "announcement", time.Second, func() bool { return r.key(1, "LATEST_VERSION") != "1" })
+	}
+	r.checkTable("t1")
 }

@@ -1,10 +1,14 @@
 package mariadbtest
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"time"
 )
 
 // PluginName is the file name of the MariaDB plugin.
@@ -40,4 +44,35 @@ func EncryptionArgs(socket string) []string {
 		"--encrypt-binlog=ON",
 		"--aria-encrypt-tables=ON",
 	}
+}
+
+// PageCrypt is one interleaved comparison of 16 KiB pages through the plugin's
+// crypt functions and through the server's own (test/pagecrypt.c).
+type PageCrypt struct {
+	Cipher    string        // "ctr", "cbc"
+	Direction string        // "encrypt", "decrypt"
+	Ours      time.Duration // per page
+	Builtin   time.Duration
+}
+
+// ComparePageCrypt runs build/pagecrypt of dir, the folder plugins/mariadb,
+// and returns rounds values for each cipher and direction, in the order of the
+// runs.
+func ComparePageCrypt(ctx context.Context, dir string, rounds, pages int) ([]PageCrypt, error) {
+	if _, err := BuildPlugin(ctx, dir, "all"); err != nil {
+		return nil, err
+	}
+	out, err := exec.CommandContext(ctx, filepath.Join(dir, "build", "pagecrypt"), strconv.Itoa(rounds), strconv.Itoa(pages)).Output()
+	if err != nil {
+		return nil, fmt.Errorf("mariadbtest: pagecrypt: %w", err)
+	}
+	var all []PageCrypt
+	for lines := bufio.NewScanner(bytes.NewReader(out)); lines.Scan(); {
+		var p PageCrypt
+		if _, err := fmt.Sscan(lines.Text(), &p.Cipher, &p.Direction, &p.Ours, &p.Builtin); err != nil {
+			return nil, fmt.Errorf("mariadbtest: pagecrypt: %q: %w", lines.Text(), err)
+		}
+		all = append(all, p)
+	}
+	return all, nil
 }

@@ -102,6 +102,15 @@ static unsigned int get_latest_key_version(unsigned int id) {
   return v ? v : unknown_id(id);
 }
 
+/* Once a second at most: a scan of an unreadable table must not fill a disk. */
+static void log_failure(uint32_t id, uint32_t version, const struct kw_error *e) {
+  static _Atomic uint64_t next;
+  uint64_t now = kw_now_ms(), due = atomic_load(&next);
+  KW_COUNT(key_failures);
+  if (now >= due && atomic_compare_exchange_strong(&next, &due, now + 1000))
+    kw_log(KW_ERROR, "key id %u version %u: %s", id, version, e->text);
+}
+
 /* Every failure is VERSION_INVALID: InnoDB takes any other error of a
    decryption as a reason to abort (storage/innobase/fil/fil0crypt.cc). */
 static unsigned int get_key(unsigned int id, unsigned int version, unsigned char *key, unsigned int *length) {
@@ -114,8 +123,7 @@ static unsigned int get_key(unsigned int id, unsigned int version, unsigned char
   if (!kw_table_key(id, version, to)) {
     KW_COUNT(key_misses);
     if (kw_session_fetch(id, version, &e) != KW_OK || !kw_table_key(id, version, to)) {
-      KW_COUNT(key_failures);
-      kw_log(KW_ERROR, "key id %u version %u: %s", id, version, e.text);
+      log_failure(id, version, &e);
       return ENCRYPTION_KEY_VERSION_INVALID;
     }
   }
