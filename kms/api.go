@@ -206,6 +206,18 @@ const (
 	OpAuditRead       Operation = "audit.read"
 )
 
+// Operations returns every operation there is, for a check at start that each
+// has a rule.
+func Operations() []Operation {
+	return []Operation{
+		OpVaultCreate, OpVaultRead, OpKeyCreate, OpKeyRoll, OpKeyRead, OpKeySetEnabled, OpKeyRewrap,
+		OpKeyringCreate, OpKeyringRoll, OpKeyringRead, OpKeyringSetState, OpKeyringUnwrap, OpKeyringWatch,
+		OpInstancePrepare, OpInstanceRead, OpInstanceOpen, OpInstanceReport, OpInstanceRevoke,
+		OpGrantAdd, OpGrantRemove, OpGrantRead, OpTokenCreate, OpEnroll, OpRenew, OpIdentityRevoke,
+		OpStatus, OpBackup, OpRestore, OpAuditRead,
+	}
+}
+
 // An Event is one record of the audit log. No field ever holds a secret.
 type Event struct {
 	Time        time.Time   `json:"time"`

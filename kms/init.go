@@ -3,6 +3,7 @@ package kms
 import (
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -132,6 +133,9 @@ func (s *Service) firstRecords(ctx context.Context, req InitRequest, mark *initM
 		return nil, err
 	}
 	boot := &bootRecord{Format: recordVersion, Installation: req.Installation, Root: mark.Root, Audit: mark.Audit, CA: mark.CA}
+	if boot.AuditKey, err = s.auditKey(ctx, mark.Audit); err != nil {
+		return nil, err
+	}
 	s.view.Store(&view{boot: *boot, system: systemRecord{Recipient: req.Recipient}})
 	sv, err := s.makeSeal(ctx, "", 1)
 	if err != nil {
@@ -154,6 +158,19 @@ func (s *Service) firstRecords(ctx context.Context, req InitRequest, mark *initM
 	_, err = s.append(ctx, Event{Time: s.cfg.Clock.Now(), Phase: PhaseOutcome, Intent: intent, Operation: "system.init",
 		Principal: systemPrincipal, Result: resultOK, Change: ch.n, State: ch.state})
 	return token, err
+}
+
+// auditKey returns the public half of the audit key.
+func (s *Service) auditKey(ctx context.Context, o object) ([]byte, error) {
+	pub, err := s.cfg.Token.SignerPublic(ctx, dek.ObjectID(o))
+	if err != nil {
+		return nil, fmt.Errorf("audit key: %w", err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return nil, fmt.Errorf("%w: audit key: %w", dek.ErrPrecondition, err)
+	}
+	return spki, nil
 }
 
 // firstWriter sets the writer of an empty state up.

@@ -44,6 +44,7 @@ type bootRecord struct {
 	Installation string        `json:"installation"`
 	Root         object        `json:"root"`
 	Audit        object        `json:"audit"`
+	AuditKey     []byte        `json:"audit_key"` // its public half, SubjectPublicKeyInfo: a restore links the next log to this one
 	CA           object        `json:"ca"`
 	Seals        []sealVersion `json:"seals"` // system seal key, ascending
 }

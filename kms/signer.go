@@ -44,5 +44,8 @@ func (t *tokenSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) (
 // takes SHA-256 digests.
 func (s *Service) CASigner() crypto.Signer { return s.ca }
 
+// Installation is the random id of this installation, in hex.
+func (s *Service) Installation() string { return s.view.Load().boot.Installation }
+
 // AuditObject names the audit key in the token.
 func (s *Service) AuditObject() dek.ObjectID { return dek.ObjectID(s.view.Load().boot.Audit) }

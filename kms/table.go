@@ -40,8 +40,6 @@ func (t *table[T]) get(key string) (T, bool) {
 	return v, ok
 }
 
-func (t *table[T]) len() int { return t.n }
-
 // own returns the shard of key as one that transaction txn may change.
 func (t *table[T]) own(txn uint64, key string) *shard[T] {
 	i := t.shardOf(key)

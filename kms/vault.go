@@ -160,7 +160,7 @@ func (s *Service) vaultSeal(ctx context.Context, vault string, n uint64) (*dek.K
 	sv := rec.Seals[len(rec.Seals)-1]
 	if !use.known || use.sealed != string(sv.Sealed) {
 		// Of an earlier life only the reservation is known: count it as used.
-		*(&use.known), use.sealed, use.used, use.reserved = true, string(sv.Sealed), rec.Reserved, rec.Reserved
+		use.known, use.sealed, use.used, use.reserved = true, string(sv.Sealed), rec.Reserved, rec.Reserved
 	}
 	if use.used+n > s.cfg.limits.seals {
 		next, err := s.makeSeal(ctx, vault, sv.Version+1)
