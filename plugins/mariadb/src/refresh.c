@@ -107,6 +107,15 @@ void kw_session_status(struct kw_session_status *out) {
 /* Is it a refusal of the agent (the session goes on), not a broken session? */
 static bool from_agent(enum kw_class c) { return c >= KW_INVALID && c <= KW_INTERNAL; }
 
+/* A cold hello makes the agent ask the key service, which it gives up after
+   5 s; its answer names keys, endpoint and remedy and is worth waiting for. */
+#define COLD_HELLO_MS 8000
+
+static uint64_t hello_deadline(bool cold, uint64_t deadline) {
+  uint64_t late = kw_now_ms() + COLD_HELLO_MS;
+  return cold && late > deadline ? late : deadline;
+}
+
 static enum kw_class open_session(struct kw_conn *c, uint64_t deadline, struct kw_error *e) {
   struct kw_hello h = {kw_settings.instance, s.nonce, !atomic_load(&s.warm)};
   struct kw_hello_reply reply;
@@ -114,7 +123,7 @@ static enum kw_class open_session(struct kw_conn *c, uint64_t deadline, struct k
     return KW_OK;
   enum kw_class rc = kw_conn_open(c, kw_settings.socket_path, deadline, e);
   if (!rc)
-    rc = kw_call_hello(c, &h, deadline, &reply, e);
+    rc = kw_call_hello(c, &h, hello_deadline(h.cold, deadline), &reply, e);
   if (!rc)
     note_hello(&reply);
   else if (rc == KW_DENIED && !h.cold) /* the instance itself was revoked */

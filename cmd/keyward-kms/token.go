@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/hsm"
+	"github.com/keyward/keyward/kms"
+)
+
+// A device is what hsm's tokens have in common; with a name and a preferred
+// hash it is a kms.Token.
+type device interface {
+	kms.Pairs
+	kms.Decrypter
+	kms.Sealer
+	kms.Signer
+	Health(ctx context.Context) error
+	io.Closer
+	Identity() hsm.Identity
+	Capabilities() hsm.Capabilities
+}
+
+type token struct{ device }
+
+// OAEPHash implements kms.Token.
+func (t token) OAEPHash() crypto.Hash { return t.Capabilities().PreferredOAEP() }
+
+// Describe implements kms.Token.
+func (t token) Describe() string {
+	id := t.Identity()
+	text := fmt.Sprintf("%s (%s %s, serial %s)", id.Label, id.Manufacturer, id.Model, id.Serial)
+	if missing := t.Capabilities().Missing(); len(missing) > 0 {
+		text += "; can't do: " + strings.Join(missing, ", ")
+	}
+	return text
+}
+
+// openToken opens the configured token. The token it finds the first time is
+// pinned in StateDir: another one in the slot is refused from then on.
+func openToken(ctx context.Context, c *Config, log *slog.Logger) (token, error) {
+	if c.SoftwareToken != "" {
+		s, err := hsm.OpenSoftware(c.SoftwareToken)
+		if err != nil {
+			return token{}, err
+		}
+		return token{s}, nil
+	}
+	var deadline time.Duration
+	if c.Token.Deadline != "" {
+		d, err := time.ParseDuration(c.Token.Deadline)
+		if err != nil {
+			return token{}, fmt.Errorf("token.deadline: %w", err)
+		}
+		deadline = d
+	}
+	expect, err := readPin(c)
+	if err != nil {
+		return token{}, err
+	}
+	t, err := hsm.Open(ctx, hsm.Config{
+		Module: c.Token.Module, TokenURI: c.Token.URI, PINFile: os.ExpandEnv(c.Token.PINFile),
+		PINState: filepath.Join(c.StateDir, "pin-state"), Expect: expect,
+		Deadline: deadline, Workers: c.Token.Workers,
+		Child: []string{"/proc/self/exe", childArgument}, Logger: log,
+	})
+	if err != nil {
+		return token{}, fmt.Errorf("open token %q: %w", c.Token.URI, err)
+	}
+	return token{t}, nil
+}
+
+// pinName is the file in StateDir that names the token this service belongs to.
+const pinName = "token.json"
+
+func readPin(c *Config) (hsm.Identity, error) {
+	var id hsm.Identity
+	err := readJSON(filepath.Join(c.StateDir, pinName), &id)
+	if os.IsNotExist(err) {
+		return hsm.Identity{}, nil
+	}
+	return id, err
+}
+
+func writePin(c *Config, t token) error {
+	return writeJSON(filepath.Join(c.StateDir, pinName), t.Identity())
+}
+
+// A backupDir puts sealed backups into a directory, crash-safe.
+type backupDir struct{ dir string }
+
+// Put implements kms.BackupTarget: the file is complete and on disk, or absent.
+func (b backupDir) Put(_ context.Context, name string, r io.Reader) error {
+	if name != filepath.Base(name) {
+		return fmt.Errorf("%w: backup name %q", dek.ErrInvalid, name)
+	}
+	if err := os.MkdirAll(b.dir, 0o700); err != nil {
+		return fmt.Errorf("%w: backup_dir: %w", dek.ErrUnavailable, err)
+	}
+	return writeFile(filepath.Join(b.dir, name), r)
+}
