@@ -22,6 +22,9 @@ const (
 	syncChanged       // all, if the service's generation moved; else what is missing
 )
 
+// staleTime bounds a GET that needs a key service which is known to be away.
+const staleTime = time.Second
+
 // An instance is one database on this host, as the agent sees it.
 //
 // Locks: turn (one sync at a time) before mu. A denial marks first and purges
@@ -78,11 +81,12 @@ func newInstance(name string, a *Agent) (*instance, error) {
 
 // loadKey asks the service for one key: the way of a miss.
 func (in *instance) loadKey(ctx context.Context, id dek.KeyID) (*dek.Key, error) {
-	ctx, cancel := context.WithTimeout(ctx, in.cfg.CallTimeout)
-	defer cancel()
 	in.mu.Lock()
 	var wrapped []byte
-	denied := false
+	denied, limit := false, in.cfg.CallTimeout
+	if in.stale {
+		limit = min(limit, staleTime)
+	}
 	in.each(func(k *keyringState, v *versionState) {
 		if k.key(v) == id {
 			wrapped, denied = v.Wrapped, v.Denied
@@ -96,11 +100,13 @@ func (in *instance) loadKey(ctx context.Context, id dek.KeyID) (*dek.Key, error)
 	if err != nil {
 		return nil, fmt.Errorf("wrapped key: %w", err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	in.count.unwraps.Add(1)
 	k, err := in.client.Unwrap(ctx, w)
 	in.count.outcome(err)
-	if errors.Is(err, dek.ErrDenied) {
-		in.request(syncMissing) // not only this key may be affected
+	if errors.Is(err, dek.ErrDenied) || err == nil && limit == staleTime {
+		in.request(syncMissing) // it concerns more than this key
 	}
 	return k, err
 }

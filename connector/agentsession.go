@@ -225,16 +225,30 @@ func (s *session) large(build func([]byte) []byte) error {
 
 // fail answers with an error; the message goes to the server's log as it is.
 func (s *session) fail(seq uint32, err error) {
-	message := err.Error()
-	if len(message) > 2048 {
-		message = message[:2048]
-	}
+	message := oneLine(err.Error())
 	if len(s.out)+frameHeader+4+len(message) > cap(s.out) {
 		if s.flush() != nil {
 			return
 		}
 	}
 	s.out = appendError(s.out, seq, socketClass(err), message)
+}
+
+// maxMessage bounds an ERROR's message in bytes.
+const maxMessage = 2048
+
+// oneLine makes a message fit for another program's log.
+func oneLine(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	if len(s) > maxMessage {
+		s = strings.ToValidUTF8(s[:maxMessage], "")
+	}
+	return s
 }
 
 // flush writes the replies and wipes them if a key was among them.

@@ -170,7 +170,7 @@ func (a *Agent) serve(ctx context.Context, c *net.UnixConn) {
 		a.count.refused.Add(1)
 		a.cfg.Logger.Warn("connection refused", "uid", uid, "err", why)
 		_ = c.SetDeadline(time.Now().Add(frameTime))
-		_, _ = c.Write(appendError(nil, 0, socketClass(why), why.Error()))
+		_, _ = c.Write(appendError(nil, 0, socketClass(why), oneLine(why.Error())))
 		return
 	}
 	defer a.dismiss(c, uid)

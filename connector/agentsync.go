@@ -10,6 +10,9 @@ import (
 	"github.com/keyward/keyward/dek"
 )
 
+// coldTime bounds what a database start waits for the key service.
+const coldTime = 5 * time.Second
+
 // syncRounds bounds how often a sync starts anew because of denials meanwhile.
 const syncRounds = 5
 
@@ -42,7 +45,11 @@ func (in *instance) syncOnce(ctx context.Context, cold bool, d depth) error {
 	in.mu.Lock()
 	epoch, checkpoint := in.epoch, in.state.Checkpoint
 	in.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, in.cfg.CallTimeout)
+	limit := in.cfg.CallTimeout
+	if cold {
+		limit = min(limit, coldTime) // somebody watches a database start
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	opened, err := in.client.OpenInstance(ctx, in.name, cold, checkpoint)
 	in.count.outcome(err)
