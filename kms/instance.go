@@ -253,14 +253,8 @@ func (s *Service) openInstance(ctx context.Context, a *act, c Caller, inst *inst
 	if req.Cold {
 		a.ev.Note = "cold"
 	}
-	if len(req.Checkpoint) > 0 {
-		if err := s.audit.Extends(ctx, req.Checkpoint); err != nil {
-			if errors.Is(err, dek.ErrCorrupt) {
-				err = fmt.Errorf("%w: rollback suspected: the audit log is behind what instance %s has seen; bring the newest store and log back, or restore with --accept-rollback", dek.ErrCorrupt, req.Instance)
-				s.halt(err)
-			}
-			return InstanceView{}, err
-		}
+	if err := s.checkSeen(ctx, a, req); err != nil {
+		return InstanceView{}, err
 	}
 	v := s.view.Load()
 	out := InstanceView{Instance: s.instanceModel(v, req.Instance), Generation: v.change}
@@ -275,6 +269,33 @@ func (s *Service) openInstance(ctx context.Context, a *act, c Caller, inst *inst
 	var err error
 	out.Checkpoint, err = s.audit.Head(ctx)
 	return out, err
+}
+
+// checkSeen compares the checkpoint that an agent kept with the log. A log that
+// is behind it stops the service.
+func (s *Service) checkSeen(ctx context.Context, a *act, req OpenInstance) error {
+	if len(req.Checkpoint) == 0 {
+		return nil
+	}
+	err := s.audit.Extends(ctx, req.Checkpoint)
+	if err == nil {
+		return nil
+	}
+	known, accepted := s.view.Load().fromOldLog(req.Checkpoint)
+	switch {
+	case accepted:
+		a.ev.Note += " checkpoint of the log before the restore"
+		return nil
+	case !errors.Is(err, dek.ErrCorrupt):
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	what := "the audit log is behind what instance %s has seen; bring the newest store and log back, or restore with --accept-rollback"
+	if known {
+		what = "instance %s has seen changes that the restored backup does not have; restore a newer backup, or this one with --accept-rollback"
+	}
+	err = fmt.Errorf("%w: rollback suspected: "+what, dek.ErrCorrupt, req.Instance)
+	s.halt(err)
+	return err
 }
 
 // effective is a keyring as an instance may use it now: a version is enabled if

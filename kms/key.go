@@ -166,10 +166,7 @@ func (s *Service) finishMaster(ctx context.Context, vault, name string, n dek.Ve
 		return ch, fmt.Errorf("%w: making key %s/%s/%d failed and was given up (%v); ask again with a new request id",
 			dek.ErrPrecondition, vault, name, n, err)
 	}
-	spki, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return change{}, fmt.Errorf("encode public key: %w", err)
-	}
+	spki := marshalSPKI(pub)
 	if err := s.saver.save(ctx, s); err != nil {
 		return change{}, err
 	}
@@ -195,6 +192,15 @@ func (s *Service) findOrMake(ctx context.Context, object dek.ObjectID, bits int,
 		return nil, named(classed(gerr), "generate the pair")
 	}
 	return pub, named(err, "find the pair")
+}
+
+// marshalSPKI can't fail for an RSA key.
+func marshalSPKI(pub *rsa.PublicKey) []byte {
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		panic("kms: internal error: encode a public key: " + err.Error())
+	}
+	return der
 }
 
 func named(err error, what string) error {

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/dek/recovery"
 )
 
 // A Service is the key service of one installation. All methods may be called
@@ -22,6 +23,8 @@ type Service struct {
 	tail  AuditTail
 	owned io.Closer // the Auditor, if OpenAudit opened it
 	ca    crypto.Signer
+
+	private *recovery.Private // during a Restore: opens seal keys in place of the root
 
 	view     atomic.Pointer[view]
 	seals    sync.Map                    // sealed bytes (string) -> *dek.Key, opened once
@@ -99,8 +102,7 @@ func openState(ctx context.Context, cfg Config) (*Service, error) {
 	s := newService(cfg)
 	l, err := s.load(ctx)
 	if err != nil {
-		s.release()
-		return nil, fmt.Errorf("open the state: %w", err)
+		return nil, errors.Join(fmt.Errorf("open the state: %w", err), s.release())
 	}
 	s.w = l.w
 	s.view.Store(l.view)
@@ -244,6 +246,14 @@ func (s *Service) load(ctx context.Context) (*loaded, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
+	boot, err := parseBoot(l.records)
+	if err != nil {
+		return nil, err
+	}
+	// The log comes first: it can say which record is wrong.
+	if err := s.openAudit(ctx, dek.ObjectID(boot.Audit)); err != nil {
+		return nil, err
+	}
 	return l, s.verify(ctx, l, rev)
 }
 
@@ -251,9 +261,6 @@ func (s *Service) load(ctx context.Context) (*loaded, error) {
 func (s *Service) verify(ctx context.Context, l *loaded, rev int64) error {
 	boot, err := parseBoot(l.records)
 	if err != nil {
-		return err
-	}
-	if err := s.openAudit(ctx, dek.ObjectID(boot.Audit)); err != nil {
 		return err
 	}
 	keys, err := s.openSystemSeals(ctx, boot)
@@ -380,7 +387,17 @@ func (s *Service) openSeal(ctx context.Context, root dek.ObjectID, vault string,
 	if k, ok := s.seals.Load(string(sv.Sealed)); ok {
 		return k.(*dek.Key), nil
 	}
-	k, err := s.cfg.Token.OpenKey(ctx, root, sealKeyBinding(vault, sv.Version), sv.Sealed)
+	b := sealKeyBinding(vault, sv.Version)
+	var k *dek.Key
+	var err error
+	if s.private != nil {
+		if len(sv.Recovery) == 0 {
+			return nil, fmt.Errorf("%w: there is no recovery copy: no recipient was set up when it was made", dek.ErrPrecondition)
+		}
+		k, err = s.private.Open(b, sv.Recovery)
+	} else {
+		k, err = s.cfg.Token.OpenKey(ctx, root, b, sv.Sealed)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -399,6 +416,10 @@ func (s *Service) keepSeal(sealed []byte, k *dek.Key) *dek.Key {
 // suspects says which record does not match the digest, as far as the log
 // knows the newest change of each object.
 func (s *Service) suspects(ctx context.Context, l *loaded) string {
+	const blind = "a record was removed or replaced by an older copy (the digest of the state does not match)"
+	if s.tail == nil {
+		return blind
+	}
 	last := make(map[string]uint64)
 	err := s.tail.EventsAfter(ctx, 0, func(_ uint64, e Event) error {
 		if path := recordPath(e); path != "" && e.Result == resultOK {
@@ -418,7 +439,7 @@ func (s *Service) suspects(ctx context.Context, l *loaded) string {
 			return fmt.Sprintf("record %q was replaced by its older copy of change %d; the audit log knows of change %d", path, n, want)
 		}
 	}
-	return "a record was removed or replaced by an older copy (the digest of the state does not match)"
+	return blind
 }
 
 // recordPath is where the object of e is stored.

@@ -59,10 +59,11 @@ type headRecord struct {
 }
 
 type systemRecord struct {
-	Created    time.Time `json:"created"`
-	Recipient  string    `json:"recipient,omitempty"`
-	LastBackup time.Time `json:"last_backup,omitzero"`
-	Restored   time.Time `json:"restored,omitzero"`
+	Created    time.Time     `json:"created"`
+	Recipient  string        `json:"recipient,omitempty"`
+	LastBackup time.Time     `json:"last_backup,omitzero"`
+	Restored   time.Time     `json:"restored,omitzero"`
+	Previous   []previousLog `json:"previous,omitempty"`
 }
 
 type vaultRecord struct {
