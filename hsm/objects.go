@@ -161,7 +161,12 @@ func (s *session) generateKind(kind objectKind, id dek.ObjectID, bits int) (cryp
 		if caps.AESGCM {
 			return nil, m.generateAES(kind, id)
 		}
-		if _, err := s.generateKind(kindSealSigner, sealSignerID(id), 0); err != nil {
+		// A seal signer without its root is what an earlier attempt left: use it.
+		if _, err := s.d.lookUp(s, kindSealSigner, sealSignerID(id)); errors.Is(err, dek.ErrNotFound) {
+			if _, err := s.generateKind(kindSealSigner, sealSignerID(id), 0); err != nil {
+				return nil, err
+			}
+		} else if err != nil {
 			return nil, err
 		}
 		return m.generateRSA(kind, id, signerRSABits)

@@ -318,7 +318,9 @@ func (c Capabilities) append(b []byte) []byte {
 func parseCapabilities(d *decoder) Capabilities {
 	var c Capabilities
 	for range d.u8() {
-		c.OAEP = append(c.OAEP, codeHash(d.u8()))
+		h := codeHash(d.u8())
+		d.bad = d.bad || h == 0
+		c.OAEP = append(c.OAEP, h)
 	}
 	for range d.u8() {
 		c.RSABits = append(c.RSABits, int(d.u16()))
