@@ -66,6 +66,9 @@ func newScanner(r io.Reader) *scanner {
 // reading and for lines above MaxRecord.
 func (s *scanner) next() (bool, error) {
 	b, err := s.r.ReadSlice('\n')
+	if len(b) > 0 && b[0] == 0 { // before ErrBufferFull: the room is larger than the buffer
+		return false, nil
+	}
 	if errors.Is(err, bufio.ErrBufferFull) {
 		return false, fmt.Errorf("%w: line %d has no end", errRecord, s.number+1)
 	}
@@ -74,9 +77,6 @@ func (s *scanner) next() (bool, error) {
 	}
 	if err != nil {
 		return false, fmt.Errorf("%w: audit: read: %w", dek.ErrUnavailable, err)
-	}
-	if b[0] == 0 {
-		return false, nil
 	}
 	s.off += int64(len(b))
 	s.number++
