@@ -50,6 +50,9 @@ func TestFrames(t *testing.T) {
 	}
 }
 
+// TestGoldenFrames: the bytes that connector/PROTOCOL.md fixes.
+func TestGoldenFrames(t *testing.T) { harness(t, "golden", "../../connector/testdata/frames.txt") }
+
 // TestSession lives many lives with an agent that mutates its answers, leaves
 // them out, and is right often enough that some lives begin.
 func TestSession(t *testing.T) {

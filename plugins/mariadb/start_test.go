@@ -41,9 +41,11 @@ func refusals() []refusal {
 		{"KMS away at HELLO", on(mariadbtest.OpHello, mariadbtest.Fault{Class: mariadbtest.ClassUnavailable, Text: kms}), kms, true},
 		{"KMS away at GET", on(mariadbtest.OpGet, mariadbtest.Fault{Class: mariadbtest.ClassUnavailable, Text: kms}), kms, true},
 		{"denied at HELLO", on(mariadbtest.OpHello, mariadbtest.Fault{Class: mariadbtest.ClassDenied, Text: "instance orders: revoked"}), "instance orders: revoked", false},
+		{"denied at the door", on(mariadbtest.OpHello, mariadbtest.Fault{Class: mariadbtest.ClassDenied, Text: "uid 0 has no instance",
+			Mutate: func(b []byte) []byte { clear(b[5:9]); return b }}), "uid 0 has no instance", false},
 		{"one keyring denied", func(a *mariadbtest.Agent) { a.SetState(7, mariadbtest.StateDenied) }, mariadbtest.DeniedText("orders/payroll", 1), false},
 		{"long message", always(mariadbtest.Fault{Class: mariadbtest.ClassInternal, Text: long}), "END-OF-IT", false},
-		{"hang", always(mariadbtest.Fault{Hang: true}), "no answer in time", true},
+		{"hang", always(mariadbtest.Fault{Hang: true}), "no answer in time", false}, // HELLO may take it all,
 		{"garbage", always(faults["garbage"]), "agent socket", true},
 		{"list truncated", on(mariadbtest.OpList, faults["truncated"]), "closed by the agent", true},
 		{"key of a wrong size", on(mariadbtest.OpGet, mariadbtest.Fault{Mutate: func(b []byte) []byte { b[17] = 16; return b }}), "malformed key", true},
@@ -127,17 +129,19 @@ func TestAgentComesLate(t *testing.T) {
 func TestOldVersionRetired(t *testing.T) {
 	r, c := prepared(t)
 	r.agent.Roll(7)
-	class := uint16(mariadbtest.ClassUnavailable)
-	r.agent.SetFault(func(q mariadbtest.Request) mariadbtest.Fault {
-		if q.KeyID == 7 && q.Version == 1 {
-			return mariadbtest.Fault{Class: class, Text: "no version 1"}
-		}
-		return mariadbtest.Fault{}
-	})
+	refuse := func(class uint16) {
+		r.agent.SetFault(func(q mariadbtest.Request) mariadbtest.Fault {
+			if q.KeyID == 7 && q.Version == 1 {
+				return mariadbtest.Fault{Class: class, Text: "no version 1"}
+			}
+			return mariadbtest.Fault{}
+		})
+	}
+	refuse(mariadbtest.ClassUnavailable)
 	if err := r.tryStart(c); !errors.Is(err, mariadbtest.ErrExited) {
 		t.Fatalf("started without a version that may be needed: %v", err)
 	}
-	class = mariadbtest.ClassDenied
+	refuse(mariadbtest.ClassDenied)
 	if err := r.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}

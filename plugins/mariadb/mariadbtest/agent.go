@@ -287,9 +287,10 @@ func (a *Agent) answer(frame []byte, stopped chan struct{}) (reply []byte, again
 		return nil, false
 	}
 	if f.Class != 0 {
-		return pack(opError, seq, errorBody(f.Class, f.Text)), true
+		op, body = opError, errorBody(f.Class, f.Text)
+	} else {
+		op, body = a.perform(req, body, stopped)
 	}
-	op, body = a.perform(req, body, stopped)
 	reply = pack(op, seq, body)
 	if f.Mutate != nil {
 		return f.Mutate(reply), false

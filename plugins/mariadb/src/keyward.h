@@ -31,7 +31,7 @@ enum kw_class {
 
 struct kw_error {
   enum kw_class class;
-  char text[1024]; /* printable, ends in 0 */
+  char text[2304]; /* printable, ends in 0; an agent's has 2,048 at most */
 };
 
 enum kw_class kw_fail(struct kw_error *e, enum kw_class c, const char *fmt, ...)
@@ -176,7 +176,7 @@ enum kw_class kw_session_refresh(struct kw_error *e);
 struct kw_session_status {
   bool connected;
   uint64_t age_ms; /* since the last successful refresh */
-  char endpoints[512], instance[256], last_error[1024];
+  char endpoints[512], instance[256], last_error[1024]; /* cut if longer */
 };
 void kw_session_status(struct kw_session_status *s);
 

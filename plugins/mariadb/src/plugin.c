@@ -54,7 +54,7 @@ static bool in_backup(void) {
    names key, version, endpoint and remedy): long ones get several lines. */
 void kw_log(enum kw_level level, const char *fmt, ...) {
   static const unsigned long flags[] = {ME_NOTE, ME_WARNING, 0};
-  char text[2048];
+  char text[2816];
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);

@@ -165,8 +165,8 @@ bool kw_get_hello_reply(const uint8_t *b, size_t n, struct kw_hello_reply *out) 
 }
 
 /* A key id and each version must be numbers that the server can use, the
-   versions ascending, the latest among them (the last: nothing may be newer
-   than the latest). */
+   versions ascending, the latest among them. (Newer ones may be listed that the
+   agent was refused: they are not to be encrypted with.) */
 static bool take_entry(struct reader *r, struct kw_list_entry *e) {
   e->id = (uint32_t)take_uint(r, 4);
   e->latest = (uint32_t)take_uint(r, 4);
@@ -180,13 +180,15 @@ static bool take_entry(struct reader *r, struct kw_list_entry *e) {
     return false;
   e->state = (enum kw_state)state;
   uint32_t last = 0;
+  bool has_latest = false;
   for (unsigned i = 0; i < e->count; i++) {
     uint32_t v = kw_u32(e->versions + 4 * i);
     if (v <= last || v == KW_NO_VERSION)
       return false;
     last = v;
+    has_latest |= v == e->latest;
   }
-  return last == e->latest;
+  return has_latest;
 }
 
 bool kw_get_list(const uint8_t *b, size_t n, struct kw_list *out) {

@@ -26,6 +26,7 @@
 #define INCOMPLETE_MS 1000  /* WAIT while a listed key could not be had yet */
 #define BACKOFF_MIN_MS 50
 #define BACKOFF_MAX_MS 5000
+#define COLD_HELLO_MS 8000
 #define PACE_MS 20          /* between two refreshes, at least */
 #define MISS_RETRY_MS 25    /* between two attempts at a missing key */
 
@@ -82,7 +83,7 @@ static void note_success(void) {
 static void note_failure(const struct kw_error *e) {
   KW_COUNT(refresh_failures);
   pthread_mutex_lock(&s.mu);
-  snprintf(s.last_error, sizeof s.last_error, "%s", e->text);
+  snprintf(s.last_error, sizeof s.last_error, "%.1023s", e->text);
   pthread_mutex_unlock(&s.mu);
 }
 
@@ -107,12 +108,11 @@ void kw_session_status(struct kw_session_status *out) {
 /* Is it a refusal of the agent (the session goes on), not a broken session? */
 static bool from_agent(enum kw_class c) { return c >= KW_INVALID && c <= KW_INTERNAL; }
 
-/* A cold hello makes the agent ask the key service, which it gives up after
-   5 s; its answer names keys, endpoint and remedy and is worth waiting for. */
-#define COLD_HELLO_MS 8000
-
+/* A cold HELLO makes the agent ask the KMS, which it gives up after 5 s; its
+   answer names keys, endpoint and remedy and is worth waiting for. */
 static uint64_t hello_deadline(bool cold, uint64_t deadline) {
-  uint64_t late = kw_now_ms() + COLD_HELLO_MS;
+  uint64_t ms = atomic_load(&kw_settings.start_timeout_ms);
+  uint64_t late = kw_now_ms() + (ms < COLD_HELLO_MS ? ms : COLD_HELLO_MS);
   return cold && late > deadline ? late : deadline;
 }
 

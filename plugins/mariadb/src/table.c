@@ -136,7 +136,7 @@ static void note_state(struct ring *r, enum kw_state state, const char *error) {
   else if (r->state == KW_STATE_DENIED)
     kw_log(KW_NOTE, "key id %u (keyring %s): access is granted again", r->id, r->keyring);
   r->state = state;
-  snprintf(r->error, sizeof r->error, "%s", error);
+  snprintf(r->error, sizeof r->error, "%.1023s", error);
 }
 
 static const char *state_error(enum kw_state state) {
@@ -256,7 +256,7 @@ void kw_table_error(uint32_t id, uint32_t version, const struct kw_error *e) {
   if (v && (e->class == KW_DENIED || e->class == KW_NOT_FOUND))
     v->refused = table.generation;
   if (r)
-    snprintf(r->error, sizeof r->error, "%s", e->text);
+    snprintf(r->error, sizeof r->error, "%.1023s", e->text);
   pthread_mutex_unlock(&table.mu);
 }
 

@@ -83,6 +83,8 @@ static enum kw_class send_all(struct kw_conn *c, size_t n, uint64_t deadline, st
     }
     if (k < 0 && errno == EINTR)
       continue;
+    if (k < 0 && errno == EPIPE) /* closed; what it said before is still to be read */
+      return KW_OK;
     if (k < 0 && errno != EAGAIN)
       return drop(c, e, KW_TRANSPORT, strerror(errno));
     enum kw_class rc = ready(c, POLLOUT, deadline, e);
@@ -129,7 +131,8 @@ static enum kw_class call(struct kw_conn *c, size_t n, uint64_t deadline, size_t
     return rc;
   if (!kw_get_header(head, &h))
     return drop(c, e, KW_PROTOCOL, "bad frame length");
-  if (h.seq != c->seq)
+  bool farewell = h.seq == 0 && h.op == KW_OP_ERROR; /* of the connection, not the request */
+  if (h.seq != c->seq && !farewell)
     return drop(c, e, KW_PROTOCOL, "answer to another request");
   if (h.op != (op | KW_OP_REPLY) && h.op != KW_OP_ERROR)
     return drop(c, e, KW_PROTOCOL, "unexpected answer");
@@ -144,6 +147,8 @@ static enum kw_class call(struct kw_conn *c, size_t n, uint64_t deadline, size_t
     return KW_OK;
   if (!kw_get_error(c->buf, h.body, e))
     return drop(c, e, KW_PROTOCOL, "malformed error");
+  if (farewell)
+    kw_conn_close(c);
   return e->class;
 }
 
