@@ -43,6 +43,9 @@ token file.`,
 		Version:       version,
 	}
 	group(root)
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		return asUsage(cmd.ValidateFlagGroups()) // cobra's own check is not told from a failure
+	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return asUsage(err) })
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -87,6 +90,7 @@ func defaultIdentity() string {
 // with one that is not there, it is wrong use.
 func group(cmd *cobra.Command) {
 	cmd.Args = cobra.ArbitraryArgs
+	cmd.SuggestionsMinimumDistance = 2
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var names []string
 		for _, c := range cmd.Commands() {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -90,9 +91,17 @@ func (a *app) makeKeyring(cmd *cobra.Command, request string, act func(context.C
 		return repeatable(cmd, request, err)
 	}
 	return a.emit(k, func(t *table) {
-		t.line("keyring %s/%s: version %d is current (servers see it as %s), wrapped to key %s",
-			k.Vault, k.Name, k.Current, numberOrNone(serverVersion(k, k.Current)), k.MasterKey)
+		t.line("keyring %s/%s: version %d is current%s, wrapped to key %s",
+			k.Vault, k.Name, k.Current, seenAs(k), k.MasterKey)
 	})
+}
+
+// seenAs tells a server's number of the current version, if servers know it.
+func seenAs(k connector.Keyring) string {
+	if k.ServerKey == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (servers see it as %d)", serverVersion(k, k.Current))
 }
 
 func numberOrNone(n uint32) string {
