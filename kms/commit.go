@@ -90,6 +90,7 @@ type draft struct {
 	head    headRecord
 	headRaw []byte
 	digest  sum
+	boot    []byte // hash of the boot record
 	places  map[string]located
 }
 
@@ -143,7 +144,7 @@ func classed(err error) error {
 func (s *Service) draft(muts []mut) (*draft, error) {
 	w := s.w
 	n := w.head.Change + 1
-	d := &draft{digest: w.digest, plain: make(map[string][]byte, len(muts)), places: make(map[string]located, len(muts))}
+	d := &draft{digest: w.digest, boot: w.head.Boot, plain: make(map[string][]byte, len(muts)), places: make(map[string]located, len(muts))}
 	for _, m := range muts {
 		old, known := w.index[m.path]
 		c := Change{Path: m.path, Expect: old.revision}
@@ -168,6 +169,9 @@ func (s *Service) draft(muts []mut) (*draft, error) {
 				return nil, err
 			}
 		}
+		if m.path == pathBoot {
+			d.boot = stateHash(plain)
+		}
 		term := w.sealer.term(m.path, n, c.Value)
 		d.digest = d.digest.add(term)
 		d.plain[m.path] = plain
@@ -181,7 +185,7 @@ func (s *Service) draft(muts []mut) (*draft, error) {
 func (s *Service) closeDraft(d *draft, n uint64) error {
 	w := s.w
 	d.head = headRecord{
-		Change: n, Epoch: w.head.Epoch, Digest: d.digest.bytes(), Log: s.logged.Load(), Reserved: w.head.Reserved,
+		Change: n, Epoch: w.head.Epoch, Digest: d.digest.bytes(), Boot: d.boot, Log: s.logged.Load(), Reserved: w.head.Reserved,
 	}
 	// Reserve while there is still half a block, so that a crash never
 	// under-counts.

@@ -275,6 +275,9 @@ func (s *Service) verify(ctx context.Context, l *loaded, rev int64) error {
 	if err := l.openHead(); err != nil {
 		return err
 	}
+	if string(stateHash(l.records[pathBoot].Value)) != string(l.w.head.Boot) {
+		return fmt.Errorf("%w: record %q was changed", dek.ErrCorrupt, pathBoot)
+	}
 	l.view = &view{change: l.w.head.Change, epoch: l.w.head.Epoch, state: stateHash(l.records[pathHead].Value)}
 	for path, r := range l.records {
 		if path == pathHead {

@@ -54,6 +54,7 @@ type headRecord struct {
 	Change   uint64 `json:"change"`
 	Epoch    uint64 `json:"epoch"`    // grows with every start: an older process is fenced
 	Digest   []byte `json:"digest"`   // keyed sum over all records, 32 bytes
+	Boot     []byte `json:"boot"`     // SHA-256 of the boot record, which has no seal of its own
 	Log      uint64 `json:"log"`      // audit sequence known when it was made
 	Reserved uint64 `json:"reserved"` // seals of the current system seal key, reserved ahead
 }
