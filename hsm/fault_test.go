@@ -239,14 +239,52 @@ func TestSignErrors(t *testing.T) {
 		if _, err := f.Sign(t.Context(), id, make([]byte, 32)); err != nil {
 			t.Errorf("%#x once: %v", rv, err)
 		}
-		f.shim.Set(hsmtest.SignCount, 2)
+		f.shim.Set(hsmtest.SignCount, 3)
 		_, err := f.Sign(t.Context(), id, make([]byte, 32))
-		wantClass(t, fmt.Sprintf("%#x twice", rv), err, dek.ErrUnavailable)
+		wantClass(t, fmt.Sprintf("%#x three times", rv), err, dek.ErrUnavailable)
 		f.shim.Set(hsmtest.SignCount, 0)
 	}
 	if n := f.shim.Get(hsmtest.Inits); n != 1 {
 		t.Errorf("%d starts, want 1: one object's fault is not the device's", n)
 	}
+}
+
+// Good sealed keys are never called bad because of the device.
+func TestOpenErrors(t *testing.T) {
+	t.Parallel()
+	f := openFaulty(t, nil)
+	root, place := hsmtest.NewID(), dek.Binding{Purpose: dek.PurposeSealKey, Vault: "acme"}
+	if err := f.GenerateRoot(t.Context(), root); err != nil {
+		t.Fatal(err)
+	}
+	k, err := dek.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Destroy()
+	sealed, err := f.SealKey(t.Context(), root, place, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, rv := range sessionErrors {
+		for count := range uint32(3) {
+			f.shim.Set(hsmtest.DecryptRV, rv)
+			f.shim.Set(hsmtest.DecryptCount, count)
+			got, err := f.OpenKey(t.Context(), root, place, sealed)
+			if err != nil || !got.Equal(k) {
+				t.Errorf("%#x, %d times: %v", rv, count, err)
+			}
+			got.Destroy()
+		}
+	}
+	f.shim.Set(hsmtest.DecryptRV, 0x05)
+	f.shim.Set(hsmtest.DecryptCount, 1<<31)
+	_, err = f.OpenKey(t.Context(), root, place, sealed)
+	if err == nil || errors.Is(err, dek.ErrAuth) {
+		t.Errorf("device out of order: got %v", err)
+	}
+	f.shim.Set(hsmtest.DecryptCount, 0)
+	f.recovers(t, 10*time.Second)
 }
 
 func TestHandlesAreKept(t *testing.T) {

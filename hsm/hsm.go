@@ -18,6 +18,7 @@ package hsm
 import (
 	"crypto"
 	"crypto/rsa"
+	_ "crypto/sha1" // the OAEP hash that every token can do
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"

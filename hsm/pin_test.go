@@ -133,3 +133,20 @@ func TestBadConfig(t *testing.T) {
 	err := all.Check()
 	wantClass(t, "zero config", err, dek.ErrInvalid)
 }
+
+// systemd shows the access list's mask of a credential as group-readable.
+func TestSystemdCredential(t *testing.T) {
+	cfg := hsmtest.SoftHSM(t, "credential")
+	if err := os.Chmod(cfg.PINFile, 0o440); err != nil {
+		t.Fatal(err)
+	}
+	_, err := hsm.Open(t.Context(), cfg)
+	wantClass(t, "not a credential", err, dek.ErrPrecondition)
+	t.Setenv("CREDENTIALS_DIRECTORY", filepath.Dir(cfg.PINFile))
+	hsmtest.Open(t, cfg)
+	if err := os.Chmod(cfg.PINFile, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	_, err = hsm.Open(t.Context(), cfg)
+	wantClass(t, "world-readable credential", err, dek.ErrPrecondition)
+}

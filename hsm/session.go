@@ -95,27 +95,30 @@ func (s *session) judge(what string, err error) error {
 	return fmt.Errorf("%w: %w: %s: %w", dek.ErrUnavailable, errRebuild, what, err)
 }
 
-// twice runs op with a kept handle and, if that fails, once more with a fresh
+// attempts bounds the tries of one operation. A device that is flaky must not
+// make us tell a caller, finally, that good data is bad.
+const attempts = 3
+
+// retry runs op with a kept handle and, while that fails, again with a fresh
 // session and handle. That is safe: op signs, seals or opens, nothing is spent.
-func (s *session) twice(what string, kind objectKind, id dek.ObjectID, op func(object) error) error {
-	o, err := s.d.lookUp(s, kind, id)
-	if err != nil {
-		return err
+func (s *session) retry(what string, kind objectKind, id dek.ObjectID, op func(object) error) error {
+	var last error
+	for attempt := range attempts {
+		if attempt > 0 {
+			if err := s.renew(); err != nil {
+				return s.judge(what, err)
+			}
+			s.d.forget(kind, id)
+		}
+		o, err := s.d.lookUp(s, kind, id)
+		if err != nil {
+			return err
+		}
+		if last = op(o); last == nil {
+			return nil
+		}
 	}
-	if op(o) == nil {
-		return nil
-	}
-	if err := s.renew(); err != nil {
-		return s.judge(what, err)
-	}
-	s.d.forget(kind, id)
-	if o, err = s.d.lookUp(s, kind, id); err != nil {
-		return err
-	}
-	if err = op(o); err != nil {
-		return s.judge(what, err)
-	}
-	return nil
+	return s.judge(what, last)
 }
 
 // health probes, once more on a fresh session if need be.
@@ -142,10 +145,6 @@ func (s *session) decryptMaster(id dek.ObjectID, h crypto.Hash, inner []byte) ([
 	return s.decrypt(kindMaster, id, h, inner)
 }
 
-// decryptAttempts bounds tries of one ciphertext. A device that is flaky must
-// not make us tell a caller, finally, that good data is bad.
-const decryptAttempts = 3
-
 // decrypt returns the 32 bytes in the session's buffer; the caller wipes them.
 // Every way of being bad takes the same path: all attempts, a fresh session
 // for each, then the probe.
@@ -155,7 +154,7 @@ func (s *session) decrypt(kind objectKind, id dek.ObjectID, h crypto.Hash, inner
 		return nil, err
 	}
 	var last error
-	for attempt := range decryptAttempts {
+	for attempt := range attempts {
 		if attempt > 0 {
 			if err := s.renew(); err != nil {
 				return nil, s.judge("open session", err)
@@ -205,7 +204,7 @@ func (s *session) signWith(o object, alg byte, digest []byte) ([]byte, error) {
 
 // sign signs with a signer or seal signer.
 func (s *session) sign(kind objectKind, id dek.ObjectID, digest []byte) (sig []byte, alg byte, err error) {
-	err = s.twice("sign", kind, id, func(o object) (err error) {
+	err = s.retry("sign", kind, id, func(o object) (err error) {
 		alg = sigECDSA
 		if o.rsaBytes > 0 {
 			alg = sigRSA
@@ -229,7 +228,7 @@ func (s *session) seal(root dek.ObjectID, place, plain []byte) ([]byte, error) {
 	nonce := randomNonce()
 	m := gcmMessage{nonce: nonce, aad: append(header, place...), text: plain}
 	sealed := append(header[:sealedHeader:sealedHeader], nonce...)
-	err = s.twice("seal", kindRoot, root, func(o object) error {
+	err = s.retry("seal", kindRoot, root, func(o object) error {
 		n, err := s.d.raw.gcm(s.h, o.handle, true, m, s.out[:])
 		if err == nil && n != len(plain)+gcmTag {
 			err = fmt.Errorf("%w: sealed key of %d bytes", errShort, n)
@@ -256,7 +255,7 @@ func (s *session) open(root dek.ObjectID, place, sealed []byte) ([]byte, error) 
 	}
 	m := gcmMessage{nonce: payload[:gcmNonce], aad: append(append([]byte(nil), header...), place...), text: payload[gcmNonce:]}
 	var plain []byte
-	err = s.twice("open", kindRoot, root, func(o object) error {
+	err = s.retry("open", kindRoot, root, func(o object) error {
 		if o.rsaBytes > 0 {
 			return errShort
 		}

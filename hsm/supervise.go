@@ -177,8 +177,9 @@ func (t *Token) current(ctx context.Context) (*link, error) {
 
 func errClosed() error { return fmt.Errorf("%w: token closed", dek.ErrUnavailable) }
 
-// Close lets device calls under way end, ends the child and waits for it. It
-// may be called more than once.
+// Close ends the child and waits for it. Calls under way fail, wrapping
+// ErrUnavailable, but what the device has begun it finishes first, for at most
+// Config.Deadline. Close may be called more than once.
 func (t *Token) Close() error {
 	t.stop()
 	<-t.closed
