@@ -1,23 +1,18 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
+	"github.com/keyward/keyward/cmd/internal/shares"
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/dek/recovery"
 )
-
-// maxShareBytes bounds the text of one share with its line end.
-const maxShareBytes = 1024
 
 func (a *app) recoveryCmd() *cobra.Command {
 	cmd := &cobra.Command{
@@ -146,7 +141,7 @@ says whether they join to the recipient they name. Nothing is written.`,
 		Example: "  keyward recovery check\n  keyward recovery check --recipient-file recipient.txt --share-file a.txt --share-file b.txt --share-file c.txt",
 		Args:    args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
-			parts, err := a.readShares(files)
+			parts, err := shares.Read(a.in, a.err, files)
 			defer func() { destroyShares(parts) }()
 			if err != nil {
 				return err
@@ -194,95 +189,4 @@ func sameRecipient(file string, p *recovery.Private) error {
 		return fmt.Errorf("%w: the shares join to the recipient %s, not to %s of %s", dek.ErrAuth, p.Fingerprint(), r.Fingerprint(), file)
 	}
 	return nil
-}
-
-// readShares reads shares from files, or asks for as many as the first one
-// says are needed. The caller destroys them, also on an error.
-func (a *app) readShares(files []string) (parts []recovery.Share, err error) {
-	for _, name := range files {
-		s, err := readShareFile(name)
-		if err != nil {
-			return parts, err
-		}
-		parts = append(parts, s)
-	}
-	if len(files) > 0 {
-		return parts, nil
-	}
-	ask := a.shareReader()
-	for need := 1; len(parts) < need; {
-		s, err := ask(len(parts)+1, need)
-		if err != nil {
-			return parts, err
-		}
-		parts = append(parts, s)
-		need, _ = s.Threshold()
-	}
-	return parts, nil
-}
-
-func readShareFile(name string) (recovery.Share, error) {
-	st, err := os.Stat(name)
-	if err != nil {
-		return recovery.Share{}, fmt.Errorf("%w: %w", dek.ErrInvalid, err)
-	}
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return recovery.Share{}, fmt.Errorf("%w: %s must be a regular file that only its owner can read: chmod 600 it", dek.ErrInvalid, name)
-	}
-	if st.Size() > maxShareBytes {
-		return recovery.Share{}, fmt.Errorf("%w: %s is over %d bytes: one share per file", dek.ErrInvalid, name, maxShareBytes)
-	}
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return recovery.Share{}, err
-	}
-	defer clear(b)
-	s, err := recovery.ParseShare(bytes.TrimSpace(b))
-	if err != nil {
-		return recovery.Share{}, fmt.Errorf("%s: %w", name, err)
-	}
-	return s, nil
-}
-
-// shareReader asks for one share at a time: with echo off at a terminal, else
-// a line each from standard input.
-func (a *app) shareReader() func(nth, need int) (recovery.Share, error) {
-	if f, ok := a.in.(*os.File); ok && isTerminal(f) {
-		return func(nth, need int) (recovery.Share, error) {
-			fmt.Fprintf(a.err, "share %d%s (not shown): ", nth, ofNeed(nth, need))
-			b, err := term.ReadPassword(int(f.Fd()))
-			fmt.Fprintln(a.err)
-			return parseEntered(b, err)
-		}
-	}
-	r := bufio.NewReaderSize(a.in, maxShareBytes)
-	return func(int, int) (recovery.Share, error) {
-		b, err := r.ReadSlice('\n')
-		if errors.Is(err, io.EOF) && len(b) > 0 {
-			err = nil
-		}
-		if errors.Is(err, bufio.ErrBufferFull) {
-			err = fmt.Errorf("%w: a share is at most %d bytes", dek.ErrInvalid, maxShareBytes)
-		}
-		return parseEntered(b, err)
-	}
-}
-
-// ofNeed tells the second person how many there will be; the first share says.
-func ofNeed(nth, need int) string {
-	if nth == 1 {
-		return ""
-	}
-	return fmt.Sprintf(" of %d", need)
-}
-
-func parseEntered(b []byte, err error) (recovery.Share, error) {
-	defer clear(b)
-	if errors.Is(err, io.EOF) {
-		return recovery.Share{}, fmt.Errorf("%w: the shares end before there are enough", dek.ErrInvalid)
-	}
-	if err != nil {
-		return recovery.Share{}, err
-	}
-	return recovery.ParseShare(bytes.TrimSpace(b))
 }

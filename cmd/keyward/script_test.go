@@ -60,6 +60,8 @@ func scriptCommands() map[string]func(*testscript.TestScript, bool, []string) {
 		"exits":   cmdExits,
 		"service": cmdService,
 		"mode":    cmdMode,
+		"mariadb": cmdMariaDB,
+		"endpid":  cmdEndpid,
 	}
 }
 
@@ -118,6 +120,7 @@ func TestScripts(t *testing.T) {
 				UpdateScripts: os.Getenv("KEYWARD_UPDATE_SCRIPTS") == "1",
 				Setup: func(e *testscript.Env) error {
 					e.Values[scriptT{}] = t
+					e.Values[databases{}] = map[string]*database{}
 					e.Setenv("KEYWARD_HOME", filepath.Join(e.WorkDir, "home"))
 					return nil
 				},
