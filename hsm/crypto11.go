@@ -53,7 +53,7 @@ func openMaker(module string, u tokenURI) (maker, error) {
 		return err
 	})
 	if err != nil {
-		return maker{}, fmt.Errorf("%w: open token: %w", dek.ErrUnavailable, err)
+		return maker{}, fmt.Errorf("%w: token %s through %s: %w", dek.ErrUnavailable, u, module, err)
 	}
 	return maker{ctx}, nil
 }

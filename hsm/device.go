@@ -134,9 +134,9 @@ func (d *device) selectToken(u tokenURI) (pkcs11.TokenInfo, error) {
 	}
 	switch {
 	case len(found) == 0:
-		return pkcs11.TokenInfo{}, fmt.Errorf("%w: no token matches the URI", dek.ErrUnavailable)
+		return pkcs11.TokenInfo{}, fmt.Errorf("%w: no token is %s", dek.ErrUnavailable, u)
 	case len(found) > 1:
-		return pkcs11.TokenInfo{}, fmt.Errorf("%w: %d tokens match the URI: add serial= or slot-id= to it", dek.ErrPrecondition, len(found))
+		return pkcs11.TokenInfo{}, fmt.Errorf("%w: %d tokens are %s: add serial= or slot-id= to the URI", dek.ErrPrecondition, len(found), u)
 	}
 	info := found[0]
 	if info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {

@@ -66,9 +66,15 @@ func TestPINChangesUnderway(t *testing.T) {
 	f.recovers(t, 10*time.Second)
 }
 
-func TestBadConfig(t *testing.T) {
-	t.Parallel()
-	good, shim := hsmtest.Misbehave(t, hsmtest.SoftHSM(t, "config"))
+// A badConfig is one mistake in a configuration.
+type badConfig struct {
+	name string
+	edit func(*hsm.Config)
+	want error
+}
+
+func badConfigs(t *testing.T) []badConfig {
+	t.Helper()
 	dir := t.TempDir()
 	file := func(name, text string, mode os.FileMode) string {
 		path := filepath.Join(dir, name)
@@ -91,11 +97,7 @@ func TestBadConfig(t *testing.T) {
 	if err := os.Chmod(open, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	tests := []struct {
-		name string
-		edit func(*hsm.Config)
-		want error
-	}{
+	return []badConfig{
 		{"world-readable PIN", func(c *hsm.Config) { c.PINFile = file("world", hsmtest.PIN, 0o604) }, dek.ErrPrecondition},
 		{"group-readable PIN", func(c *hsm.Config) { c.PINFile = file("group", hsmtest.PIN, 0o640) }, dek.ErrPrecondition},
 		{"FIFO as PIN", func(c *hsm.Config) { c.PINFile = fifo }, dek.ErrPrecondition},
@@ -117,7 +119,12 @@ func TestBadConfig(t *testing.T) {
 		{"negative deadline", func(c *hsm.Config) { c.Deadline = -1 }, dek.ErrInvalid},
 		{"too many workers", func(c *hsm.Config) { c.Workers = 1000 }, dek.ErrInvalid},
 	}
-	for _, tt := range tests {
+}
+
+func TestBadConfig(t *testing.T) {
+	t.Parallel()
+	good, shim := hsmtest.Misbehave(t, hsmtest.SoftHSM(t, "config"))
+	for _, tt := range badConfigs(t) {
 		cfg := good
 		tt.edit(&cfg)
 		tok, err := hsm.Open(t.Context(), cfg)

@@ -54,13 +54,16 @@ func TestSoftwareFiles(t *testing.T) {
 	}
 }
 
-func TestSoftwareRefuses(t *testing.T) {
-	tests := []struct {
-		name   string
-		break_ func(t *testing.T, dir string)
-		open   error // of OpenSoftware; nil: FindPair fails with find
-		find   error
-	}{
+// A softwareDamage is one way of breaking the directory of a token.
+type softwareDamage struct {
+	name   string
+	damage func(t *testing.T, dir string)
+	open   error // of OpenSoftware; nil: FindPair fails with find
+	find   error
+}
+
+func softwareDamages() []softwareDamage {
+	return []softwareDamage{
 		{"flipped bit", func(t *testing.T, dir string) {
 			p := only(t, filepath.Join(dir, "*.master"))
 			b, err := os.ReadFile(p)
@@ -106,10 +109,13 @@ func TestSoftwareRefuses(t *testing.T) {
 			writeFile(t, filepath.Join(dir, "00112233445566778899aabbccddeeff.identity"), string(b))
 		}, dek.ErrCorrupt, nil},
 	}
-	for _, tt := range tests {
+}
+
+func TestSoftwareRefuses(t *testing.T) {
+	for _, tt := range softwareDamages() {
 		t.Run(tt.name, func(t *testing.T) {
 			dir, id := softwareDir(t)
-			tt.break_(t, dir)
+			tt.damage(t, dir)
 			tok, err := hsm.OpenSoftware(dir)
 			if tt.open != nil {
 				wantClass(t, "open", err, tt.open)

@@ -82,6 +82,20 @@ func (u *tokenURI) setQuery(name, value string) bool {
 	return filepath.IsAbs(u.pinSource)
 }
 
+// String names the token for messages.
+func (u tokenURI) String() string {
+	var parts []string
+	for _, f := range [][2]string{{"label", u.label}, {"serial", u.serial}, {"model", u.model}, {"manufacturer", u.manufacturer}} {
+		if f[1] != "" {
+			parts = append(parts, f[0]+" "+strconv.Quote(f[1]))
+		}
+	}
+	if u.slot >= 0 {
+		parts = append(parts, "slot "+strconv.Itoa(u.slot))
+	}
+	return strings.Join(parts, " ")
+}
+
 // matches reports whether the token in slot is the one.
 func (u tokenURI) matches(slot uint, id Identity) bool {
 	for _, f := range [][2]string{{u.label, id.Label}, {u.serial, id.Serial}, {u.model, id.Model}, {u.manufacturer, id.Manufacturer}} {

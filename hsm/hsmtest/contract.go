@@ -327,6 +327,12 @@ func (c *contract) root(t *testing.T) {
 		t.Errorf("sealed twice: equal or too long (%d bytes), %v", len(again), err)
 	}
 	c.checkRoot(t)
+	c.misplaced(t)
+}
+
+// misplaced wants sealed keys refused that are elsewhere, damaged or foreign.
+func (c *contract) misplaced(t *testing.T) {
+	ctx := t.Context()
 	other := NewID()
 	if err := c.tok.GenerateRoot(ctx, other); err != nil {
 		t.Fatalf("generate: %v", err)
