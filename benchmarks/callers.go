@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// manyCallers is how many ask at once in the benchmarks of concurrent callers.
+const manyCallers = 64
+
+// each runs f for 0..n-1 with many callers.
+func each(ctx context.Context, n int, f func(context.Context, int) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(manyCallers)
+	for i := range n {
+		g.Go(func() error { return f(ctx, i) })
+	}
+	return g.Wait()
+}
+
+// rate has callers call f over and over for a time and returns how often per
+// second f returned. f gets the caller's number and its count of calls.
+func rate(ctx context.Context, callers int, d time.Duration, f func(ctx context.Context, caller, call int) error) (float64, error) {
+	var done atomic.Int64
+	g, ctx := errgroup.WithContext(ctx)
+	start := time.Now()
+	for caller := range callers {
+		g.Go(func() error {
+			for call := 0; time.Since(start) < d; call++ {
+				if err := f(ctx, caller, call); err != nil {
+					return err
+				}
+				done.Add(1)
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	return float64(done.Load()) / time.Since(start).Seconds(), err
+}
+
+// ownCPU is the CPU this process has used.
+func ownCPU() (time.Duration, error) {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0, err
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
+}
+
+// totalCPU is that of this process and some others.
+func totalCPU(pids []int) (time.Duration, error) {
+	sum, err := ownCPU()
+	for _, pid := range pids {
+		if err != nil {
+			return 0, err
+		}
+		var t time.Duration
+		t, err = cpuTime(pid)
+		sum += t
+	}
+	return sum, err
+}
