@@ -143,7 +143,7 @@ func (a *app) reencryption(ctx context.Context, l register.Login, key uint32, v 
 	}
 	s, err := register.Dial(ctx, l)
 	if err != nil {
-		return nil, err
+		return nil, hintServer(err)
 	}
 	defer s.Close()
 	if wait && a.timeout > 0 {

@@ -168,6 +168,17 @@ func cmdEndpid(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// endSpawned ends an agent that a failed script left behind.
+func endSpawned(pidFile string) {
+	b, err := os.ReadFile(pidFile)
+	if err != nil {
+		return
+	}
+	if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && ended(pid) != nil {
+		_ = endProcess(pid) // the script has failed already
+	}
+}
+
 // endProcess terminates a process that is not a child of this one and waits.
 func endProcess(pid int) error {
 	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {

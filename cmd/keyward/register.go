@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"github.com/keyward/keyward/connector"
+	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/plugins/mariadb/register"
 )
 
@@ -44,6 +46,11 @@ that fails leaves a server that runs and restarts as before.`,
 			}
 			if err := absolute(&cfg.ConfigDir, &cfg.AgentConfig, &cfg.AgentState, &cfg.HostSecretFile, &cfg.AgentSocket); err != nil {
 				return err
+			}
+			if cfg.AgentProgram != "" {
+				if err := absolute(&cfg.AgentProgram); err != nil {
+					return err
+				}
 			}
 			return a.register(cmd, cfg)
 		},
@@ -95,14 +102,15 @@ func (a *app) register(cmd *cobra.Command, cfg register.Config) error {
 	}
 	r, err := register.Run(cmd.Context(), cfg)
 	if err != nil {
+		err = hintServer(err)
 		if len(r.Steps) > 0 {
-			return withHint(err, "%d of 7 steps are done; mend this and run the same command again, it goes on from there", len(r.Steps))
+			return withHint(err, "%d of %d steps are done; mend this and run the same command again, it goes on from there", len(r.Steps), register.Steps)
 		}
 		return err
 	}
 	return a.emit(r, func(t *table) {
 		t.line("instance %s is registered as %s", r.Instance, r.Principal)
-		t.row("PART", "ENCRYPTED", "")
+		t.row("PART", "ENCRYPTED", "NOTE")
 		restart := false
 		for _, p := range r.Parts {
 			now := "yes"
@@ -118,6 +126,21 @@ func (a *app) register(cmd *cobra.Command, cfg register.Config) error {
 	})
 }
 
+// hintServer replaces the hints that speak of the key service where the
+// database server is meant.
+func hintServer(err error) error {
+	var call *connector.CallError
+	switch {
+	case errors.As(err, &call):
+		return err
+	case errors.Is(err, dek.ErrUnavailable):
+		return withHint(err, "check that the database server and the agent run, and that the paths of their sockets are right")
+	case errors.Is(err, dek.ErrDenied):
+		return withHint(err, "run it as root, name the database user with --server-login, or give a DSN file")
+	}
+	return err
+}
+
 func printStep(t *table, n int, s register.Step) {
 	state := "there"
 	if s.Made {
@@ -126,5 +149,5 @@ func printStep(t *table, n int, s register.Step) {
 	if s.Detail != "" {
 		s.Detail = "\n           " + s.Detail
 	}
-	t.line("%d/7  %-5s %s%s", n, state, s.What, s.Detail)
+	t.line("%d/%d  %-5s %s%s", n, register.Steps, state, s.What, s.Detail)
 }

@@ -121,6 +121,7 @@ func TestScripts(t *testing.T) {
 				Setup: func(e *testscript.Env) error {
 					e.Values[scriptT{}] = t
 					e.Values[databases{}] = map[string]*database{}
+					e.Defer(func() { endSpawned(filepath.Join(e.WorkDir, "a/state/agent.pid")) })
 					e.Setenv("KEYWARD_HOME", filepath.Join(e.WorkDir, "home"))
 					return nil
 				},

@@ -24,13 +24,10 @@ type StartMode string
 // The ways to start an agent.
 const (
 	StartAuto    StartMode = "auto"    // systemd where it runs this host, else spawn
-	StartSystemd StartMode = "systemd" // enable and restart the unit
+	StartSystemd StartMode = "systemd" // enable and restart the unit, written if there is none
 	StartSpawn   StartMode = "spawn"   // a detached process with a pid file
 	StartNone    StartMode = "none"    // somebody else does
 )
-
-// agentUnit is the unit that the packages install.
-const agentUnit = "keyward-agent.service"
 
 // agentPatience bounds the wait for the agent's socket. It asks the key
 // service for nothing before that.
@@ -46,6 +43,7 @@ type runner struct {
 	config  string
 	state   string // holds agent.pid and agent.log of a spawned agent
 	socket  string
+	units   string // directory for a systemd unit
 }
 
 // ParseStartMode reads the flag's text. dek.ErrInvalid: none of the modes.
@@ -71,26 +69,11 @@ func (r runner) start(ctx context.Context, changed bool) (made bool, detail stri
 	}
 	switch mode {
 	case StartSystemd:
-		// "enable" starts it at boot; a restart is needed to read a new
-		// configuration, and does no harm to a server that runs.
-		for _, verb := range []string{"enable", "restart"} {
-			if err := systemctl(ctx, verb, agentUnit); err != nil {
-				return false, "", err
-			}
-		}
-		return true, "systemd unit " + agentUnit, r.await(ctx, nil)
+		return r.startUnit(ctx, changed)
 	case StartSpawn:
 		return r.spawn(ctx, changed)
 	}
 	return false, "somebody else starts it", r.await(ctx, nil)
-}
-
-func systemctl(ctx context.Context, args ...string) error {
-	out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w: systemctl %s: %w: %s", dek.ErrUnavailable, strings.Join(args, " "), err, bytes.TrimSpace(out))
-	}
-	return nil
 }
 
 // spawn starts a detached agent, or leaves the one of the pid file alone.
@@ -128,7 +111,7 @@ func (r runner) spawn(ctx context.Context, changed bool) (made bool, detail stri
 	if err := r.await(ctx, ended); err != nil {
 		return false, "", fmt.Errorf("%w%s", err, lastLine(logPath, begin))
 	}
-	return true, fmt.Sprintf("started, pid %d, log %s", cmd.Process.Pid, logPath), nil
+	return true, fmt.Sprintf("started, pid %d, log %s; nobody starts it again at boot", cmd.Process.Pid, logPath), nil
 }
 
 func (r runner) pidFile() string { return filepath.Join(r.state, "agent.pid") }

@@ -70,7 +70,7 @@ type Part struct {
 
 // partVariables maps what can be encrypted to the variable that says so.
 var partVariables = []struct{ name, variable, how string }{
-	{"InnoDB tables", "innodb_encrypt_tables", "existing tables are being encrypted in the background"},
+	{"InnoDB tables", "innodb_encrypt_tables", "existing tables in the background: `keyward keyring status` shows how far"},
 	{"Aria tables", "aria_encrypt_tables", "existing ones when they are next rebuilt (ALTER TABLE t FORCE)"},
 	{"temporary tables on disk", "encrypt_tmp_disk_tables", ""},
 	{"InnoDB temporary tablespace", "innodb_encrypt_temporary_tables", ""},

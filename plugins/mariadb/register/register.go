@@ -62,6 +62,9 @@ type Result struct {
 	Parts     []Part `json:"parts"`
 }
 
+// Steps is how many steps a registration has.
+const Steps = 7
+
 // A registration is one run of Run.
 type registration struct {
 	Config
@@ -85,7 +88,7 @@ func Run(ctx context.Context, cfg Config) (Result, error) {
 		return r.result, err
 	}
 	defer r.server.Close()
-	for _, step := range []func(context.Context) (Step, error){
+	for _, step := range [Steps]func(context.Context) (Step, error){
 		r.enrol, r.writeAgentConfig, r.startAgent, r.writeFirstStage, r.install, r.prove, r.writeFinalStage,
 	} {
 		s, err := step(ctx)
@@ -115,8 +118,9 @@ func (r *registration) prepare(ctx context.Context) (err error) {
 	if err := r.checkPlaces(); err != nil {
 		return err
 	}
-	r.runner = runner{mode: r.Start, program: r.AgentProgram, config: r.AgentConfig, state: r.AgentState, socket: r.AgentSocket}
-	if r.Start == StartSpawn || r.Start == StartAuto {
+	r.runner = runner{mode: r.Start, program: r.AgentProgram, config: r.AgentConfig, state: r.AgentState,
+		socket: r.AgentSocket, units: unitDir}
+	if r.Start != StartNone {
 		if r.runner.program == "" {
 			r.runner.program, err = findProgram("keyward-agent")
 		}

@@ -1,14 +1,15 @@
-package register
+package register_test
 
 import (
-	"context"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/plugins/mariadb/register"
 )
 
 func TestLoginRefuses(t *testing.T) {
@@ -23,21 +24,21 @@ func TestLoginRefuses(t *testing.T) {
 	const secret = "s3cret-of-the-dba"
 	for _, c := range []struct {
 		name  string
-		login Login
+		login register.Login
 		want  error
 	}{
-		{"socket", Login{Socket: "/run/s"}, nil},
-		{"DSN", Login{DSNFile: write("good", "root:"+secret+"@unix(/run/s)/\n", 0o600)}, nil},
-		{"neither", Login{}, dek.ErrInvalid},
-		{"both", Login{Socket: "/run/s", DSNFile: "x"}, dek.ErrInvalid},
-		{"absent DSN file", Login{DSNFile: filepath.Join(dir, "absent")}, dek.ErrInvalid},
-		{"readable DSN file", Login{DSNFile: write("open", "root:"+secret+"@unix(/run/s)/", 0o644)}, dek.ErrInvalid},
-		{"no DSN", Login{DSNFile: write("bad", secret, 0o600)}, dek.ErrInvalid},
-		{"a directory", Login{DSNFile: dir}, dek.ErrInvalid},
-		{"a large file", Login{DSNFile: write("large", strings.Repeat("x", maxDSNBytes+1), 0o600)}, dek.ErrInvalid},
+		{"socket", register.Login{Socket: "/run/s"}, nil},
+		{"DSN", register.Login{DSNFile: write("good", "root:"+secret+"@unix(/run/s)/\n", 0o600)}, nil},
+		{"neither", register.Login{}, dek.ErrInvalid},
+		{"both", register.Login{Socket: "/run/s", DSNFile: "x"}, dek.ErrInvalid},
+		{"absent DSN file", register.Login{DSNFile: filepath.Join(dir, "absent")}, dek.ErrInvalid},
+		{"readable DSN file", register.Login{DSNFile: write("open", "root:"+secret+"@unix(/run/s)/", 0o644)}, dek.ErrInvalid},
+		{"no DSN", register.Login{DSNFile: write("bad", secret, 0o600)}, dek.ErrInvalid},
+		{"a directory", register.Login{DSNFile: dir}, dek.ErrInvalid},
+		{"a large file", register.Login{DSNFile: write("large", strings.Repeat("x", register.MaxDSNBytes+1), 0o600)}, dek.ErrInvalid},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			_, err := c.login.config()
+			err := register.CheckLogin(c.login)
 			if !errors.Is(err, c.want) {
 				t.Fatalf("got %v, want %v", err, c.want)
 			}
@@ -49,14 +50,14 @@ func TestLoginRefuses(t *testing.T) {
 }
 
 func TestDialWithoutServer(t *testing.T) {
-	_, err := Dial(t.Context(), Login{Socket: filepath.Join(t.TempDir(), "none")})
+	_, err := register.Dial(t.Context(), register.Login{Socket: filepath.Join(t.TempDir(), "none")})
 	if !errors.Is(err, dek.ErrUnavailable) {
 		t.Errorf("got %v, want %v", err, dek.ErrUnavailable)
 	}
 }
 
 func TestMeasure(t *testing.T) {
-	spaces := []Space{
+	spaces := []register.Space{
 		{Name: "innodb_system", Encrypted: true, KeyID: 1, Oldest: 3, Newest: 3},
 		{Name: "shop/orders", Encrypted: true, KeyID: 1, Oldest: 1, Newest: 3},
 		{Name: "shop/pay", Encrypted: true, KeyID: 7, Oldest: 1, Newest: 1},
@@ -65,14 +66,14 @@ func TestMeasure(t *testing.T) {
 	for _, c := range []struct {
 		name        string
 		key, target uint32
-		want        Progress
+		want        register.Progress
 	}{
-		{"under way", 1, 3, Progress{Spaces: 2, Done: 1, Plain: 1, Oldest: 1, Behind: []string{"shop/orders"}}},
-		{"done", 1, 1, Progress{Spaces: 2, Done: 2, Plain: 1, Oldest: 1}},
-		{"another key", 7, 1, Progress{Spaces: 1, Done: 1, Plain: 1, Oldest: 1}},
-		{"no such key", 9, 1, Progress{Plain: 1}},
+		{"under way", 1, 3, register.Progress{Spaces: 2, Done: 1, Plain: 1, Oldest: 1, Behind: []string{"shop/orders"}}},
+		{"done", 1, 1, register.Progress{Spaces: 2, Done: 2, Plain: 1, Oldest: 1}},
+		{"another key", 7, 1, register.Progress{Spaces: 1, Done: 1, Plain: 1, Oldest: 1}},
+		{"no such key", 9, 1, register.Progress{Plain: 1}},
 	} {
-		got := Measure(spaces, c.key, c.target)
+		got := register.Measure(spaces, c.key, c.target)
 		if got.Spaces != c.want.Spaces || got.Done != c.want.Done || got.Plain != c.want.Plain || got.Oldest != c.want.Oldest ||
 			strings.Join(got.Behind, ",") != strings.Join(c.want.Behind, ",") {
 			t.Errorf("%s: got %+v, want %+v", c.name, got, c.want)
@@ -89,7 +90,7 @@ func TestCnfValues(t *testing.T) {
 		"/run/a\nplugin_load=x":   dek.ErrInvalid,
 		"/run/'a":                 dek.ErrInvalid,
 	} {
-		if err := checkCnfValue("socket", v); !errors.Is(err, want) {
+		if err := register.CheckCnfValue("socket", v); !errors.Is(err, want) {
 			t.Errorf("%q: got %v, want %v", v, err, want)
 		}
 	}
@@ -98,7 +99,7 @@ func TestCnfValues(t *testing.T) {
 // TestStages: the first stage demands nothing of the server, the final one
 // all of it.
 func TestStages(t *testing.T) {
-	first, final := string(firstStage("/run/a", "shop")), string(finalStage("keyward_key_management.so", "/run/a", "shop"))
+	first, final := string(register.FirstStage("/run/a", "shop")), string(register.FinalStage("keyward_key_management.so", "/run/a", "shop"))
 	for _, line := range []string{"plugin_load_add", "innodb_encrypt", "encrypt_binlog"} {
 		if strings.Contains(first, line) {
 			t.Errorf("the first stage demands %s", line)
@@ -122,7 +123,7 @@ func TestWriteFile(t *testing.T) {
 		content string
 		changed bool
 	}{{"a", true}, {"a", false}, {"b", true}} {
-		changed, err := writeFile(p, []byte(c.content), 0o640)
+		changed, err := register.WriteFile(p, []byte(c.content), 0o640)
 		if err != nil || changed != c.changed {
 			t.Errorf("write %q: got %v, %v, want %v", c.content, changed, err, c.changed)
 		}
@@ -131,30 +132,30 @@ func TestWriteFile(t *testing.T) {
 			t.Errorf("mode: got %v, %v", st.Mode(), err)
 		}
 	}
-	if _, err := writeFile(filepath.Join(t.TempDir(), "absent", "f"), nil, 0o600); err == nil {
+	if _, err := register.WriteFile(filepath.Join(t.TempDir(), "absent", "f"), nil, 0o600); err == nil {
 		t.Error("written into a directory that is not there")
 	}
 }
 
 func TestParseStartMode(t *testing.T) {
 	for _, s := range []string{"auto", "systemd", "spawn", "none"} {
-		if m, err := ParseStartMode(s); err != nil || string(m) != s {
+		if m, err := register.ParseStartMode(s); err != nil || string(m) != s {
 			t.Errorf("%s: got %v, %v", s, m, err)
 		}
 	}
-	if _, err := ParseStartMode("docker"); !errors.Is(err, dek.ErrInvalid) {
+	if _, err := register.ParseStartMode("docker"); !errors.Is(err, dek.ErrInvalid) {
 		t.Errorf("got %v, want %v", err, dek.ErrInvalid)
 	}
 }
 
 // TestPidFile: a pid file is believed only if its process runs our agent.
 func TestPidFile(t *testing.T) {
-	r := runner{config: "/etc/no-agent-of-this-test.json", state: t.TempDir()}
+	a := register.TestAgent{Config: "/etc/no-agent-of-this-test.json", State: t.TempDir()}
 	for _, text := range []string{"", "x", "0", "1", "-5", "99999999", "4194304000"} {
-		if err := os.WriteFile(r.pidFile(), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(a.State, "agent.pid"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if pid := r.running(); pid != 0 {
+		if pid := a.Running(); pid != 0 {
 			t.Errorf("%q: got pid %d of somebody else", text, pid)
 		}
 	}
@@ -163,13 +164,70 @@ func TestPidFile(t *testing.T) {
 // TestSpawnFails: an agent that ends at once is reported with its last words.
 func TestSpawnFails(t *testing.T) {
 	dir := t.TempDir()
-	prog := filepath.Join(dir, "agent")
-	if err := os.WriteFile(prog, []byte("#!/bin/sh\necho 'agent: no identity here' >&2\nexit 1\n"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	r := runner{mode: StartSpawn, program: prog, config: "/x", state: dir, socket: filepath.Join(dir, "s")}
-	_, _, err := r.start(context.Background(), false)
+	a := register.TestAgent{Mode: register.StartSpawn, Program: script(t, dir, "agent", "echo 'agent: no identity here' >&2; exit 1"),
+		Config: "/x", State: dir, Socket: filepath.Join(dir, "s")}
+	_, _, err := a.Start(t.Context(), false)
 	if !errors.Is(err, dek.ErrPrecondition) || !strings.Contains(err.Error(), "no identity here") {
 		t.Errorf("got %v, want %v with the agent's words", err, dek.ErrPrecondition)
+	}
+}
+
+func script(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	p := filepath.Join(dir, name)
+	if err := os.WriteFile(p, []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// TestSystemd runs against a systemctl that notes what it is asked.
+func TestSystemd(t *testing.T) {
+	dir := t.TempDir()
+	asked := filepath.Join(dir, "asked")
+	script(t, dir, "systemctl", `echo "$@" >> `+asked+`
+case "$1" in
+cat) exec cat `+dir+`/keyward-agent.service 2>/dev/null ;;
+is-active) test -e `+dir+`/active ;;
+restart) touch `+dir+`/active ;;
+esac`)
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a := register.TestAgent{Mode: register.StartSystemd, Program: "/usr/bin/keyward-agent", Config: "/etc/keyward/agent.json",
+		State: dir, Socket: filepath.Join(dir, "s"), Units: dir}
+	for _, c := range []struct {
+		name    string
+		changed bool
+		made    bool
+		asked   string
+	}{
+		{"no unit yet", true, true, "cat keyward-agent.service\ndaemon-reload\nenable keyward-agent.service\nrestart keyward-agent.service\n"},
+		{"nothing changed", false, false, "cat keyward-agent.service\nis-active --quiet keyward-agent.service\n"},
+		{"new configuration", true, true, "cat keyward-agent.service\nenable keyward-agent.service\nrestart keyward-agent.service\n"},
+	} {
+		if err := os.RemoveAll(asked); err != nil {
+			t.Fatal(err)
+		}
+		made, _, err := a.Start(t.Context(), c.changed)
+		got, rerr := os.ReadFile(asked)
+		if err != nil || rerr != nil || made != c.made || string(got) != c.asked {
+			t.Errorf("%s: got %v, %v, asked\n%s", c.name, made, err, got)
+		}
+	}
+	unit, err := os.ReadFile(filepath.Join(dir, "keyward-agent.service"))
+	if err != nil || !strings.Contains(string(unit), "ExecStart=/usr/bin/keyward-agent --config /etc/keyward/agent.json\n") {
+		t.Errorf("unit: got %v\n%s", err, unit)
+	}
+	a.Config = "/etc/keyward/another.json"
+	if _, _, err := a.Start(t.Context(), true); !errors.Is(err, dek.ErrExists) {
+		t.Errorf("unit of another agent: got %v, want %v", err, dek.ErrExists)
+	}
+	a.Config = "/etc/keyward/a b.json"
+	if _, _, err := a.Start(t.Context(), true); !errors.Is(err, dek.ErrInvalid) {
+		t.Errorf("blank in a path: got %v, want %v", err, dek.ErrInvalid)
 	}
 }
