@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/kms"
@@ -252,7 +253,13 @@ func (s *Server) unknown(_ any, stream grpc.ServerStream) error {
 // open reads a request through an envelope.
 func open(read func(any) error, v any, m *method) error {
 	e := &envelope{message: v, maxBytes: m.maxBytes}
-	if err := read(e); err != nil {
+	err := read(e)
+	if status.Code(err) == codes.ResourceExhausted {
+		// Longer than any method's request: gRPC has answered already, in its
+		// own words; the record is still ours to make.
+		return invalid("request is longer than %d bytes", maxBatchBytes)
+	}
+	if err != nil {
 		return err
 	}
 	return e.err

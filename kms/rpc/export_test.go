@@ -29,6 +29,8 @@ func (m *method) Edit(f func(name, op *string, maxBytes *int, lane *string)) {
 
 func typed[T ~string](_ T, s string) T { return T(s) }
 
+const MaxStrangers = maxStrangers
+
 // A Row is one row of the error table.
 type Row struct {
 	Err     error

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -106,7 +107,7 @@ func NewServer(c Config) (*Server, error) {
 		}
 	}
 	codec := newCodec()
-	s.network = s.newGRPC(codec, &tlsDoor{identities: c.Identities, metrics: s.metrics, refused: s.refusedHandshake})
+	s.network = s.newGRPC(codec, &tlsDoor{identities: c.Identities, metrics: s.metrics, refused: s.refusedHandshake, strangers: new(atomic.Int32)})
 	s.control = s.newGRPC(codec, &localDoor{admit: c.ControlUser, metrics: s.metrics, refused: s.refusedHandshake})
 	s.register()
 	s.SetServing(false)

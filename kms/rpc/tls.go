@@ -6,6 +6,9 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/credentials"
 
@@ -31,7 +34,15 @@ type tlsDoor struct {
 	identities Identities
 	metrics    *metrics
 	refused    func(remote string, err error)
+	strangers  *atomic.Int32 // connections without a certificate, open now
 }
+
+// Strangers need a connection for one call. These bounds keep them from
+// holding memory or descriptors that hosts need.
+const (
+	maxStrangers = 256
+	strangerLife = 2 * time.Minute
+)
 
 var _ credentials.TransportCredentials = (*tlsDoor)(nil)
 
@@ -69,9 +80,43 @@ func (d *tlsDoor) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo,
 		d.metrics.handshakes.WithLabelValues("failed").Inc()
 		return nil, nil, fmt.Errorf("%w: handshake: %w", dek.ErrInvalid, err)
 	}
+	if peer.stranger() {
+		if conn, err = d.admitStranger(conn); err != nil {
+			d.metrics.handshakes.WithLabelValues("too many strangers").Inc()
+			return nil, nil, err
+		}
+	}
 	d.metrics.handshakes.WithLabelValues("ok").Inc()
 	peer.TLSInfo = info.(credentials.TLSInfo) //nolint:forcetypeassert // NewTLS returns nothing else
 	return conn, peer, nil
+}
+
+// admitStranger counts conn and ends it after strangerLife.
+func (d *tlsDoor) admitStranger(conn net.Conn) (net.Conn, error) {
+	if d.strangers.Add(1) > maxStrangers {
+		d.strangers.Add(-1)
+		return nil, fmt.Errorf("%w: %d connections without a certificate", dek.ErrExhausted, maxStrangers)
+	}
+	c := &strangerConn{Conn: conn, left: func() { d.strangers.Add(-1) }}
+	c.end = time.AfterFunc(strangerLife, func() { _ = c.Close() })
+	return c, nil
+}
+
+// A strangerConn says when it closes.
+type strangerConn struct {
+	net.Conn
+	once sync.Once
+	left func()
+	end  *time.Timer
+}
+
+// Close implements net.Conn.
+func (c *strangerConn) Close() error {
+	c.once.Do(c.left)
+	if c.end != nil {
+		c.end.Stop()
+	}
+	return c.Conn.Close()
 }
 
 // verify takes the leaf alone: our certificates hang directly below a root.

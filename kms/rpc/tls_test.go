@@ -232,6 +232,40 @@ func TestStrangersMayEnrolAndAskForHealth(t *testing.T) {
 	}
 }
 
+// TestStrangersAreBounded: they can't take the connections that hosts need.
+func TestStrangersAreBounded(t *testing.T) {
+	d := openDoor(t)
+	var open []*tls.Conn
+	connect := func() error {
+		c, err := tls.Dial("tcp", d.address, d.tls(nil))
+		if err != nil {
+			return err
+		}
+		open = append(open, c)
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		_, err = c.Read(make([]byte, 1)) // the server's HTTP/2 settings, or the end
+		return err
+	}
+	for i := range rpc.MaxStrangers {
+		if err := connect(); err != nil {
+			t.Fatalf("stranger %d: %v", i, err)
+		}
+	}
+	if err := connect(); err == nil {
+		t.Error("one stranger too many got in")
+	}
+	if _, s := exchange(t, d.as(t, "host/db1"), kmspb.Admin_GetStatus_FullMethodName, nil); s.Code() != codes.OK {
+		t.Errorf("a host beside them: %v", s)
+	}
+	for _, c := range open {
+		_ = c.Close()
+	}
+	for err := error(io.EOF); err != nil; { // until the server has seen it
+		err = connect()
+	}
+	_ = open[len(open)-1].Close()
+}
+
 func TestCallerIsTheCertificates(t *testing.T) {
 	d := openDoor(t)
 	cert := certificate(t, d.authority, "person/alice")
