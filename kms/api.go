@@ -233,7 +233,7 @@ type Event struct {
 	Count       int         `json:"count,omitempty"`  // items of a batch
 	Rule        string      `json:"rule,omitempty"`   // which rule allowed or refused
 	Result      string      `json:"result,omitempty"` // "ok" or the error class
-	Change      uint64      `json:"change,omitempty"` // state change number this act made
+	Change      uint64      `json:"change,omitempty"` // state change number this act made; bookkeeping (starts, reports, counters) names none
 	State       []byte      `json:"state,omitempty"`  // hash of the state after it
 	Note        string      `json:"note,omitempty"`
 }

@@ -180,6 +180,8 @@ func (b *saver) made(ctx context.Context, s *Service, n uint64) error {
 	b.mu.Lock()
 	b.change, b.at = max(b.change, n), now
 	b.mu.Unlock()
+	// Bookkeeping: no record names this change, so that a backup is not older
+	// than the log because it was made.
 	ch, err := s.update(ctx, func(v *view) ([]mut, error) {
 		if now.Sub(v.system.LastBackup) < lastBackupStep {
 			return nil, nil
@@ -196,7 +198,7 @@ func (b *saver) made(ctx context.Context, s *Service, n uint64) error {
 		b.change = ch.n
 	}
 	b.mu.Unlock()
-	return s.recordSystem(ctx, Event{Operation: "system.last-backup", Result: resultOK, Change: ch.n, State: ch.state})
+	return nil
 }
 
 // catchUp brings changes that did not wait for a backup to the target.

@@ -31,11 +31,11 @@ func (s *Service) PutBlob(ctx context.Context, name string, b []byte) error {
 			return err
 		}
 	}
-	ch, err := s.update(ctx, func(*view) ([]mut, error) {
+	_, err := s.update(ctx, func(*view) ([]mut, error) {
 		return []mut{{prefixBlob + name, &blobRecord{bytes.Clone(b)}}}, nil
 	})
 	if err != nil {
 		return err
 	}
-	return s.recordSystem(ctx, Event{Operation: "system.blob", Object: "/blobs", Result: resultOK, Change: ch.n, State: ch.state, Note: name})
+	return s.recordSystem(ctx, Event{Operation: "system.blob", Object: "/blobs", Result: resultOK, Note: name})
 }

@@ -347,10 +347,10 @@ func (s *Service) ReportUsage(ctx context.Context, c Caller, instance string, u 
 		return err
 	}
 	a.ev.Count = len(u)
-	return a.end(ctx, s.reportUsage(ctx, a, instance, inst, u))
+	return a.end(ctx, s.reportUsage(ctx, instance, inst, u))
 }
 
-func (s *Service) reportUsage(ctx context.Context, a *act, instance string, inst *instanceRecord, u []Usage) error {
+func (s *Service) reportUsage(ctx context.Context, instance string, inst *instanceRecord, u []Usage) error {
 	if len(u) > maxUsage {
 		return fmt.Errorf("%w: a report has at most %d entries", dek.ErrInvalid, maxUsage)
 	}
@@ -360,8 +360,8 @@ func (s *Service) reportUsage(ctx context.Context, a *act, instance string, inst
 		}
 	}
 	s.sight(instance)
-	var err error
-	a.change, err = s.update(ctx, func(v *view) ([]mut, error) {
+	// Bookkeeping: it is no rollback if a report is lost.
+	_, err := s.update(ctx, func(v *view) ([]mut, error) {
 		old, _ := v.usage.get(instance)
 		next, worth := mergeUsage(old, u)
 		if !worth {

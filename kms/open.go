@@ -132,8 +132,8 @@ func (s *Service) start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("take the store over: %w", err)
 	}
-	if err := s.recordSystem(ctx, Event{Operation: "system.start", Result: "ok", Change: ch.n, State: ch.state,
-		Note: "token " + s.cfg.Token.Describe()}); err != nil {
+	if err := s.recordSystem(ctx, Event{Operation: "system.start", Result: resultOK,
+		Note: fmt.Sprintf("state of change %d, token %s", ch.n, s.cfg.Token.Describe())}); err != nil {
 		return err
 	}
 	s.watchdog.init(s.cfg.Clock.Now())
