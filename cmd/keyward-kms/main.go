@@ -105,7 +105,7 @@ func newRoot(s *streams) *cobra.Command {
 		},
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(newInit(s), newServe(s), newDev(s), newBackup(s), newCheck(s))
+	root.AddCommand(newInit(s), newServe(s), newDev(s), newBackup(s), newRestore(s), newCheck(s))
 	return root
 }
 

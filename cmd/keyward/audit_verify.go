@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -243,7 +244,11 @@ func embeddedKeys(sources []auditSource) ([]crypto.PublicKey, error) {
 			if err != nil {
 				return nil, err
 			}
-			keys = append(keys, got...)
+			for _, k := range got {
+				if !slices.ContainsFunc(keys, func(o crypto.PublicKey) bool { return fingerprint(o) == fingerprint(k) }) {
+					keys = append(keys, k)
+				}
+			}
 		}
 	}
 	if len(keys) == 0 {

@@ -189,18 +189,19 @@ func ParseCheckpoint(text []byte, keys ...crypto.PublicKey) (*Checkpoint, error)
 	if err != nil {
 		return nil, errCheckpoint
 	}
-	var verifiers []note.Verifier
+	// One key at a time: the same key given twice must not be ambiguous.
 	for _, k := range keys {
-		if n, err := newNotary(c.origin(), k, nil); err == nil {
-			verifiers = append(verifiers, n)
+		n, err := newNotary(c.origin(), k, nil)
+		if err != nil {
+			continue
+		}
+		opened, err := note.Open(text, note.VerifierList(n))
+		if err == nil && opened.Text == c.body() && len(opened.UnverifiedSigs) == 0 {
+			c.Text = bytes.Clone(text)
+			return c, nil
 		}
 	}
-	opened, err := note.Open(text, note.VerifierList(verifiers...))
-	if err != nil || opened.Text != c.body() || len(opened.UnverifiedSigs) != 0 {
-		return nil, errCheckpoint
-	}
-	c.Text = bytes.Clone(text)
-	return c, nil
+	return nil, errCheckpoint
 }
 
 // splitNotes cuts a checkpoints file into whole notes, unverified. rest is how

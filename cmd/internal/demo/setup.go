@@ -171,7 +171,10 @@ func (d *demo) register(ctx context.Context) error {
 		return err
 	}
 	d.show(out, 14)
-	_, again := d.quiet(ctx, nil, "keyward", "--identity", d.path("mallory"), "enrol", "--token-file", d.path("shop.token"))
+	_, again := d.quiet(ctx, nil, "keyward", "plugin", "register", "mariadb", "--token-file", d.path("shop.token"),
+		"--server-socket", d.db.socket(), "--server-config-dir", d.mkdir("mallory"), "--agent-config", d.path("mallory", "agent.json"),
+		"--agent-state", d.path("mallory", "state"), "--host-secret-file", d.path("mallory.secret"),
+		"--socket", d.path("mallory", "agent.sock"), "--server-user", "root", "--start-agent", "none")
 	d.check("the token file is spent: a second enrolment is refused", refused(again, "denied"))
 	if err := d.adoptAgent(ctx); err != nil {
 		return err

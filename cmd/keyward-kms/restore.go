@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/keyward/keyward/cmd/internal/shares"
+	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/kms"
+	"github.com/keyward/keyward/kms/audit"
+)
+
+// A restoring is what the flags of restore say.
+type restoring struct {
+	config, backup string
+	shareFiles     []string
+	askShares      bool
+	acceptRollback bool
+	newLog         bool
+	newRecipient   string
+}
+
+func newRestore(s *streams) *cobra.Command {
+	var o restoring
+	cmd := &cobra.Command{
+		Use:   "restore",
+		Short: "Bring a backup back: into the same token, or into a new one with recovery shares",
+		Long: `restore fills an empty state_dir from a backup. If the token still holds the
+root it was made with, nothing else is needed. If the token is gone, enough
+holders of recovery shares enter theirs (--ask-shares, or --share-file for each),
+and everything moves to the new token: new master key versions, every data key
+wrapped again under the same numbers. Databases and agents keep their
+certificates and notice nothing but the outage.
+
+A backup older than what the audit log has seen is refused; --accept-rollback
+goes on, lists what is missing and keeps disabled what was disabled since.`,
+		Example: `  keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup
+  keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup --ask-shares`,
+		Args:    cobra.NoArgs,
+		PreRunE: needFlags("config", "backup"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			report, err := restore(cmd.Context(), s, o, newLogger(s.err))
+			if err != nil {
+				return err
+			}
+			printReport(s.out, report)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.config, "config", "", "configuration file; its state_dir must be empty")
+	f.StringVar(&o.backup, "backup", "", "backup file")
+	f.StringArrayVar(&o.shareFiles, "share-file", nil, "file with one recovery share; give it for each share")
+	f.BoolVar(&o.askShares, "ask-shares", false, "ask for recovery shares, without echo")
+	f.BoolVar(&o.acceptRollback, "accept-rollback", false, "accept a backup that is older than the audit log")
+	f.BoolVar(&o.newLog, "new-log", false, "begin a new audit log although the token is the old one: the old log is lost")
+	f.StringVar(&o.newRecipient, "new-recipient-file", "", "seal to this recovery recipient from now on")
+	return cmd
+}
+
+func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (report kms.RestoreReport, err error) {
+	c, err := loadConfig(o.config)
+	if err != nil {
+		return report, err
+	}
+	f, err := os.Open(o.backup)
+	if err != nil {
+		return report, fmt.Errorf("%w: backup: %w", dek.ErrInvalid, err)
+	}
+	defer f.Close()
+	opt := kms.RestoreOptions{AcceptRollback: o.acceptRollback, NewLog: o.newLog}
+	if o.newRecipient != "" {
+		b, err := os.ReadFile(o.newRecipient)
+		if err != nil {
+			return report, fmt.Errorf("%w: new-recipient-file: %w", dek.ErrInvalid, err)
+		}
+		opt.Recipient = string(b)
+	}
+	if o.askShares || len(o.shareFiles) > 0 {
+		if opt.Private, err = shares.Join(s.in, s.err, o.shareFiles); err != nil {
+			return report, fmt.Errorf("recovery shares: %w", err)
+		}
+		defer opt.Private.Destroy()
+		// The shares stand in for the token, so that any token may take over.
+		if err := os.Remove(filepath.Join(c.StateDir, pinName)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return report, err
+		}
+	}
+	p, err := openParts(ctx, c, log)
+	if err != nil {
+		return report, err
+	}
+	defer func() { err = errors.Join(err, p.Close()) }()
+	opt.OpenAudit = p.openAfterRestore
+	if report, err = kms.Restore(ctx, p.kmsConfig(nil), f, opt); err != nil {
+		return report, err
+	}
+	return report, writePin(c, p.token)
+}
+
+// openAfterRestore opens the audit log; a new one is linked to the one that
+// the backup knew.
+func (p *parts) openAfterRestore(ctx context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
+	var link *audit.Link
+	if previous != nil {
+		link = &audit.Link{Checkpoint: previous.Checkpoint, Key: previous.Key}
+	}
+	return p.kmsConfig(link).OpenAudit(ctx, signer)
+}
+
+func printReport(w io.Writer, r kms.RestoreReport) {
+	fmt.Fprintf(w, "installation %s, backup of %s (change %d)\n", r.Installation, r.Taken.UTC().Format(time.RFC3339), r.Change)
+	if r.NewKeys > 0 {
+		fmt.Fprintf(w, "moved to a new token: %d new master key versions, %d data key versions wrapped again\n", r.NewKeys, r.Rewrapped)
+	}
+	for title, list := range map[string][]string{
+		"LOST, without a recovery copy": r.Lost,
+		"acts after the backup, gone":   r.Missing,
+		"kept disabled":                 r.KeptDisabled,
+	} {
+		for _, item := range list {
+			fmt.Fprintf(w, "%s: %s\n", title, item)
+		}
+	}
+	fmt.Fprintln(w, "now start it: keyward-kms serve")
+}
