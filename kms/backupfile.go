@@ -150,17 +150,21 @@ type chunkWriter struct {
 }
 
 func (c *chunkWriter) entry(kind byte, path string, value []byte) error {
-	c.buf = append(c.buf, kind)
-	c.buf = binary.BigEndian.AppendUint32(c.buf, uint32(len(path)))
-	c.buf = append(c.buf, path...)
-	c.buf = binary.BigEndian.AppendUint32(c.buf, uint32(len(value)))
-	c.buf = append(c.buf, value...)
+	c.buf = appendEntry(c.buf, kind, path, value)
 	for len(c.buf) > backupChunk { // one byte at least stays for the last chunk
 		if err := c.flush(false); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func appendEntry(b []byte, kind byte, path string, value []byte) []byte {
+	b = append(b, kind)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(path)))
+	b = append(b, path...)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(value)))
+	return append(b, value...)
 }
 
 func (c *chunkWriter) flush(last bool) error {
