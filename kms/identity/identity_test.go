@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -57,11 +58,11 @@ func (s *shelf) PutBlob(_ context.Context, name string, b []byte) error {
 // A device signs like the token does: SHA-256 only, and it may be gone.
 type device struct {
 	*ecdsa.PrivateKey
-	gone bool
+	gone atomic.Bool
 }
 
 func (d *device) Sign(r io.Reader, digest []byte, o crypto.SignerOpts) ([]byte, error) {
-	if d.gone {
+	if d.gone.Load() {
 		return nil, dek.ErrUnavailable
 	}
 	if o.HashFunc() != crypto.SHA256 || len(digest) != 32 {

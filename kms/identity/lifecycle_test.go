@@ -102,13 +102,13 @@ func TestRunRenewsWithoutRestart(t *testing.T) {
 		}
 
 		// A device that is gone delays renewal; the old certificate stays.
-		w.device.gone = true
+		w.device.gone.Store(true)
 		before := serverLeaf(t, a)
 		time.Sleep(30 * time.Minute)
 		if !serverLeaf(t, a).Equal(before) {
 			t.Error("a renewal that failed replaced the certificate")
 		}
-		w.device.gone = false
+		w.device.gone.Store(false)
 		time.Sleep(5 * time.Minute)
 		if serverLeaf(t, a).Equal(before) {
 			t.Error("the device is back and nothing was renewed")
@@ -121,7 +121,7 @@ func TestRunRenewsWithoutRestart(t *testing.T) {
 func TestOpenFailsClosed(t *testing.T) {
 	t.Run("device gone", func(t *testing.T) {
 		w := newWorld(t)
-		w.device.gone = true
+		w.device.gone.Store(true)
 		if _, err := identity.Open(t.Context(), w.config()); !errors.Is(err, dek.ErrUnavailable) {
 			t.Errorf("got %v, want dek.ErrUnavailable", err)
 		}

@@ -40,8 +40,8 @@ func (a *Authority) loadServer(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		a.server.Store(s)
 		if !a.due(s, a.config.Now()) {
-			a.server.Store(s)
 			return nil
 		}
 	}
@@ -128,7 +128,11 @@ func (a *Authority) renewServer(ctx context.Context) error {
 	if err := a.keepServer(ctx, leaf, key); err != nil {
 		return err
 	}
-	a.server.Store(newServed(leaf, key, a.roots[0].cert))
+	old := a.server.Swap(newServed(leaf, key, a.roots[0].cert))
+	if old != nil && !samePublic(old.issuer.PublicKey, a.roots[0].cert.PublicKey) {
+		a.config.Logger.Warn("the server leaves the certificate of a lost CA key: hosts that have not renewed since must enrol again",
+			"was", old.cert.Leaf.NotAfter)
+	}
 	a.config.Logger.Info("made a server certificate", "names", strings.Join(a.config.Names, ","), "until", leaf.NotAfter)
 	return nil
 }
