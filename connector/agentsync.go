@@ -4,13 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"time"
 
 	"github.com/keyward/keyward/dek"
 )
 
-// coldTime bounds what a database start waits for the key service.
+// manyKeys is from how many fetched keys on memory is given back at once.
+const manyKeys = 1000
+
+// coldTime bounds what a database start waits for the key service; the plugin
+// waits a little longer for the words of the refusal.
 const coldTime = 5 * time.Second
 
 // syncRounds bounds how often a sync starts anew because of denials meanwhile.
@@ -22,6 +27,11 @@ var errOvertaken = errors.New("connector: denied meanwhile")
 // asks for a database that starts. It is nil if every keyring can be used; else
 // the first keyring's error, of class denied before unavailable.
 func (in *instance) sync(ctx context.Context, cold bool, d depth) error {
+	if cold { // somebody watches a database start, also while another sync has the turn
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, coldTime)
+		defer cancel()
+	}
 	select {
 	case in.turn <- struct{}{}:
 	case <-ctx.Done():
@@ -45,11 +55,7 @@ func (in *instance) syncOnce(ctx context.Context, cold bool, d depth) error {
 	in.mu.Lock()
 	epoch, checkpoint := in.epoch, in.state.Checkpoint
 	in.mu.Unlock()
-	limit := in.cfg.CallTimeout
-	if cold {
-		limit = min(limit, coldTime) // somebody watches a database start
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, in.cfg.CallTimeout)
 	defer cancel()
 	opened, err := in.client.OpenInstance(ctx, in.name, cold, checkpoint)
 	in.count.outcome(err)
@@ -75,7 +81,13 @@ func (in *instance) syncOnce(ctx context.Context, cold bool, d depth) error {
 		in.lost(err)
 		return err
 	}
-	return in.apply(ctx, epoch, wanted, results)
+	err = in.apply(ctx, epoch, wanted, results)
+	if len(wanted) >= manyKeys {
+		// The messages were several times the size of what is kept; an agent
+		// is then idle for hours, in which nothing else would return them.
+		debug.FreeOSMemory()
+	}
+	return err
 }
 
 // merge takes over names, numbers and wraps and returns the versions whose

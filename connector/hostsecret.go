@@ -77,12 +77,16 @@ func createHostSecret(path string) (*dek.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("host secret: %w", err)
 	}
-	tmp := path + ".new"
-	if err := writeFileDurably(tmp, append(text, '\n'), 0o600); err != nil {
-		return nil, err
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".host-secret.*") // 0600, a name of its own
+	if err != nil {
+		return nil, diskError(path, err)
 	}
-	err = os.Link(tmp, path) // fails if someone was faster; never replaces
-	_ = os.Remove(tmp)
+	_, err = tmp.Write(append(text, '\n'))
+	err = errors.Join(err, tmp.Sync(), tmp.Close())
+	if err == nil {
+		err = os.Link(tmp.Name(), path) // fails if someone was faster; never replaces
+	}
+	_ = os.Remove(tmp.Name())
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, diskError(path, err)
 	}
