@@ -92,8 +92,8 @@ func serveChild(ctx context.Context, conn net.Conn) error {
 	if err != nil || first.code != opHello {
 		return errors.Join(errShort, err)
 	}
-	// Workers sit in C, each holding a P; the socket needs one that is free.
-	runtime.GOMAXPROCS(h.workers + 2)
+	// Workers of all lanes sit in C, each holding a P; the socket needs one more.
+	runtime.GOMAXPROCS(h.workers + laneCount)
 	d, err := openDevice(ctx, h)
 	if err != nil {
 		status, text := statusOf(err)

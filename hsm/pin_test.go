@@ -116,6 +116,9 @@ func badConfigs(t *testing.T) []badConfig {
 		{"no child", func(c *hsm.Config) { c.Child = nil }, dek.ErrInvalid},
 		{"child is absent", func(c *hsm.Config) { c.Child = []string{"/nonexistent"} }, dek.ErrPrecondition},
 		{"child is something else", func(c *hsm.Config) { c.Child = []string{"/bin/true"} }, dek.ErrUnavailable},
+		{"child talks nonsense", func(c *hsm.Config) {
+			c.Child = []string{"/bin/sh", "-c", "head -c 64 /dev/zero >&3; cat <&3 >/dev/null"}
+		}, dek.ErrUnavailable},
 		{"negative deadline", func(c *hsm.Config) { c.Deadline = -1 }, dek.ErrInvalid},
 		{"too many workers", func(c *hsm.Config) { c.Workers = 1000 }, dek.ErrInvalid},
 	}

@@ -202,7 +202,9 @@ const maxPlace = 4096
 
 // SealKey seals k for the place b under root, inside the token (FORMAT.md). The
 // result is at most 2048 bytes. It wraps ErrNotFound if there is no such root,
-// ErrInvalid if b has no purpose or more than 4 KB of names.
+// ErrInvalid if b has no purpose or more than 4 KB of names. Nonces are random:
+// a root is for seal keys, of which there are far fewer than 2^32 (NIST SP
+// 800-38D §8.3), and is not counted.
 func (t *Token) SealKey(ctx context.Context, root dek.ObjectID, b dek.Binding, k *dek.Key) ([]byte, error) {
 	place, err := place(root, b)
 	if err != nil {

@@ -105,7 +105,7 @@ func SoftHSM(t testing.TB, label string) hsm.Config {
 	_, err := exec.LookPath("softhsm2-util")
 	Require(t, module != "" && err == nil, "softhsm2")
 	dir := t.TempDir()
-	write(t, filepath.Join(dir, "softhsm2.conf"), fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = true\n", TokenDir(dir)))
+	write(t, filepath.Join(dir, "softhsm2.conf"), fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", TokenDir(dir)))
 	if err := os.Mkdir(TokenDir(dir), 0o700); err != nil {
 		t.Fatal(err)
 	}
