@@ -182,7 +182,7 @@ func (b *saver) made(ctx context.Context, s *Service, n uint64) error {
 	b.mu.Unlock()
 	// Bookkeeping: no record names this change, so that a backup is not older
 	// than the log because it was made.
-	ch, err := s.update(ctx, func(v *view) ([]mut, error) {
+	ch, err := s.keepBooks(ctx, func(v *view) ([]mut, error) {
 		if now.Sub(v.system.LastBackup) < lastBackupStep {
 			return nil, nil
 		}

@@ -31,7 +31,7 @@ func (s *Service) PutBlob(ctx context.Context, name string, b []byte) error {
 			return err
 		}
 	}
-	_, err := s.update(ctx, func(*view) ([]mut, error) {
+	_, err := s.keepBooks(ctx, func(*view) ([]mut, error) {
 		return []mut{{prefixBlob + name, &blobRecord{bytes.Clone(b)}}}, nil
 	})
 	if err != nil {

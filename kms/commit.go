@@ -53,12 +53,18 @@ const maxConflicts = 5
 // An error of the store that wraps dek.ErrUnavailable means: not done as far
 // as the store says, or not known; the next change looks first.
 func (s *Service) update(ctx context.Context, f func(v *view) ([]mut, error)) (change, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.updateLocked(ctx, f)
+	return s.write(ctx, f, true)
 }
 
-func (s *Service) updateLocked(ctx context.Context, f func(v *view) ([]mut, error)) (change, error) {
+// keepBooks is update for counters, reports and dates: no record of the log
+// names the change, and losing it is no rollback.
+func (s *Service) keepBooks(ctx context.Context, f func(v *view) ([]mut, error)) (change, error) {
+	return s.write(ctx, f, false)
+}
+
+func (s *Service) write(ctx context.Context, f func(v *view) ([]mut, error), act bool) (change, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for try := 0; ; try++ {
 		if err := s.ready(); err != nil {
 			return change{}, err
@@ -72,7 +78,7 @@ func (s *Service) updateLocked(ctx context.Context, f func(v *view) ([]mut, erro
 		if err != nil || len(muts) == 0 {
 			return change{}, err
 		}
-		ch, err := s.commit(ctx, muts)
+		ch, err := s.commit(ctx, muts, act)
 		if errors.Is(err, dek.ErrConflict) && try < maxConflicts {
 			if err := s.reload(ctx); err != nil {
 				return change{}, fmt.Errorf("read the state again: %w", err)
@@ -94,13 +100,13 @@ type draft struct {
 	places  map[string]located
 }
 
-// commit stores muts and publishes the new view.
-func (s *Service) commit(ctx context.Context, muts []mut) (change, error) {
+// commit stores muts and publishes the new view; act is false for bookkeeping.
+func (s *Service) commit(ctx context.Context, muts []mut, act bool) (change, error) {
 	muts, undo, err := s.rollSystemSeal(ctx, muts)
 	if err != nil {
 		return change{}, err
 	}
-	d, err := s.draft(muts)
+	d, err := s.draft(muts, act)
 	if err != nil {
 		undo()
 		return change{}, err
@@ -141,7 +147,7 @@ func classed(err error) error {
 }
 
 // draft seals muts and the head that closes them.
-func (s *Service) draft(muts []mut) (*draft, error) {
+func (s *Service) draft(muts []mut, act bool) (*draft, error) {
 	w := s.w
 	n := w.head.Change + 1
 	d := &draft{digest: w.digest, boot: w.head.Boot, plain: make(map[string][]byte, len(muts)), places: make(map[string]located, len(muts))}
@@ -178,14 +184,17 @@ func (s *Service) draft(muts []mut) (*draft, error) {
 		d.places[m.path] = located{term: term}
 		d.changes = append(d.changes, c)
 	}
-	return d, s.closeDraft(d, n)
+	return d, s.closeDraft(d, n, act)
 }
 
 // closeDraft adds the head.
-func (s *Service) closeDraft(d *draft, n uint64) error {
+func (s *Service) closeDraft(d *draft, n uint64, act bool) error {
 	w := s.w
 	d.head = headRecord{
-		Change: n, Epoch: w.head.Epoch, Digest: d.digest.bytes(), Boot: d.boot, Log: s.logged.Load(), Reserved: w.head.Reserved,
+		Change: n, Act: w.head.Act, Epoch: w.head.Epoch, Digest: d.digest.bytes(), Boot: d.boot, Log: s.logged.Load(), Reserved: w.head.Reserved,
+	}
+	if act {
+		d.head.Act = n
 	}
 	// Reserve while there is still half a block, so that a crash never
 	// under-counts.

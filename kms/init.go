@@ -151,7 +151,7 @@ func (s *Service) firstRecords(ctx context.Context, req InitRequest, mark *initM
 	}
 	// The marker leaves in the same transaction.
 	s.w.index[pathInit] = located{revision: rev}
-	ch, err := s.commit(ctx, append(muts, mut{pathBoot, boot}, mut{pathInit, nil}))
+	ch, err := s.commit(ctx, append(muts, mut{pathBoot, boot}, mut{pathInit, nil}), true)
 	if err != nil {
 		return nil, err
 	}

@@ -361,7 +361,7 @@ func (s *Service) reportUsage(ctx context.Context, instance string, inst *instan
 	}
 	s.sight(instance)
 	// Bookkeeping: it is no rollback if a report is lost.
-	_, err := s.update(ctx, func(v *view) ([]mut, error) {
+	_, err := s.keepBooks(ctx, func(v *view) ([]mut, error) {
 		old, _ := v.usage.get(instance)
 		next, worth := mergeUsage(old, u)
 		if !worth {

@@ -147,7 +147,7 @@ func (s *Service) start(ctx context.Context) error {
 // fenced by it.
 func (s *Service) takeOver(ctx context.Context) (change, error) {
 	s.w.head.Epoch++
-	ch, err := s.commit(ctx, nil)
+	ch, err := s.commit(ctx, nil, false)
 	if err != nil {
 		return change{}, err
 	}
@@ -188,9 +188,9 @@ func (s *Service) compareTail(ctx context.Context) error {
 	v := s.view.Load()
 	const way = "bring the newest store back, or restore a backup with --accept-rollback"
 	switch {
-	case n > v.change:
-		return fmt.Errorf("%w: rollback suspected: the store is at change %d, the audit log at %d; %s", dek.ErrCorrupt, v.change, n, way)
-	case n == v.change && string(state) != string(v.state):
+	case n > s.w.head.Act:
+		return fmt.Errorf("%w: rollback suspected: the store is at change %d, the audit log at %d; %s", dek.ErrCorrupt, s.w.head.Act, n, way)
+	case n == v.change && len(state) > 0 && string(state) != string(v.state):
 		return fmt.Errorf("%w: rollback suspected: store and audit log name different states for change %d; %s", dek.ErrCorrupt, n, way)
 	}
 	seq, err := s.audit.Append(ctx, Event{Time: s.cfg.Clock.Now(), Phase: PhaseSystem, Operation: "system.open",
@@ -203,7 +203,16 @@ func (s *Service) compareTail(ctx context.Context) error {
 			dek.ErrCorrupt, seq, head)
 	}
 	s.sawSequence(seq)
-	return nil
+	if n == s.w.head.Act {
+		return nil
+	}
+	// A crash kept the outcome of the newest act out of the log: people may see
+	// the act from now on, so it must not be lost unnoticed either.
+	found := Event{Operation: "system.found-change", Result: resultOK, Change: s.w.head.Act, Note: "its outcome was not recorded before a crash"}
+	if s.w.head.Act == v.change {
+		found.State = v.state
+	}
+	return s.recordSystem(ctx, found)
 }
 
 // Close stops the reconciler, ends every Watch and wipes the keys. Calls under
@@ -445,22 +454,21 @@ func (s *Service) suspects(ctx context.Context, l *loaded) string {
 	return blind
 }
 
-// recordPath is where the object of e is stored.
+// recordPath is the record that the act of e wrote, where that is one record.
 func recordPath(e Event) string {
 	part := strings.Split(e.Object, "/")
-	var path string
 	switch {
-	case len(part) == 3 && (part[1] == "vaults" || part[1] == "instances"):
-		path = e.Object[1:]
-	case len(part) == 5 && part[3] == "keys":
-		path = keyPath(part[2], part[4])
-	case len(part) == 5 && part[3] == "keyrings":
-		path = ringPath(part[2], part[4])
-	default:
+	case e.Operation == OpVaultCreate && len(part) == 3, e.Operation == OpInstancePrepare && len(part) == 3:
+		return e.Object[1:]
+	case e.Version == 0 || len(part) != 5:
 		return ""
 	}
-	if e.Version != 0 {
-		path = versionPath(path, e.Version)
+	switch e.Operation {
+	case OpKeyCreate, OpKeyRoll, OpKeySetEnabled, OpKeyringCreate, OpKeyringRoll, OpKeyringSetState, opFinishPending:
+		return versionPath(part[3]+"/"+part[2]+"/"+part[4], e.Version)
 	}
-	return path
+	return ""
 }
+
+// opFinishPending is the act of the reconciler.
+const opFinishPending Operation = "system.finish-pending"

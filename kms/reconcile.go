@@ -85,7 +85,7 @@ func (s *Service) round(ctx context.Context, start bool) error {
 		errs = append(errs, s.finishPending(ctx, start), s.compareObjects(ctx))
 	}
 	if !start {
-		errs = append(errs, s.saver.catchUp(ctx, s))
+		errs = append(errs, s.saver.catchUp(ctx, s), s.forgetTokens(ctx))
 	}
 	err := errors.Join(errs...)
 	s.watchdog.mu.Lock()
@@ -95,6 +95,29 @@ func (s *Service) round(ctx context.Context, start bool) error {
 		return nil // PENDING stays PENDING; the rounds go on trying
 	}
 	return err
+}
+
+// tokenMemory is how long an expired enrolment token is remembered, so that a
+// late second use is still told from a guess.
+const tokenMemory = 30 * 24 * time.Hour
+
+// forgetTokens removes the records of tokens that expired long ago; never on a
+// clock that jumped.
+func (s *Service) forgetTokens(ctx context.Context) error {
+	if s.watchdog.read().jump != "" {
+		return nil
+	}
+	limit := s.now().Add(-tokenMemory)
+	_, err := s.keepBooks(ctx, func(v *view) ([]mut, error) {
+		var muts []mut
+		for id, t := range v.tokens.all() {
+			if t.Expires.Before(limit) && t.Reused.IsZero() && len(muts) < maxMuts {
+				muts = append(muts, mut{prefixToken + id, nil})
+			}
+		}
+		return muts, nil
+	})
+	return named(err, "forget old tokens")
 }
 
 // checkClock finds wall time that leaves the process's own clock.
@@ -165,7 +188,7 @@ func (s *Service) takeOverVersion(ctx context.Context, kind, id string, n dek.Ve
 		state = "given up: " + err.Error()
 	}
 	return s.recordSystem(ctx, Event{
-		Operation: "system.finish-pending", Object: object, Version: n, Result: resultOK, Change: ch.n, State: ch.state, Note: state,
+		Operation: opFinishPending, Object: object, Version: n, Result: resultOK, Change: ch.n, State: ch.state, Note: state,
 	})
 }
 

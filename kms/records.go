@@ -52,6 +52,7 @@ type bootRecord struct {
 // A headRecord closes every change.
 type headRecord struct {
 	Change   uint64 `json:"change"`
+	Act      uint64 `json:"act"`      // newest change that is more than bookkeeping
 	Epoch    uint64 `json:"epoch"`    // grows with every start: an older process is fenced
 	Digest   []byte `json:"digest"`   // keyed sum over all records, 32 bytes
 	Boot     []byte `json:"boot"`     // SHA-256 of the boot record, which has no seal of its own

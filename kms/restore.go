@@ -275,7 +275,7 @@ func (st *restorer) compareLog(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
-	behind := n > v.change || n == v.change && n != 0 && string(state) != string(v.state)
+	behind := n > v.change || n == v.change && len(state) > 0 && string(state) != string(v.state)
 	if behind && !st.opt.AcceptRollback {
 		return fmt.Errorf("%w: the backup is of change %d, the audit log has seen change %d: take a newer backup, or accept the rollback with --accept-rollback",
 			dek.ErrCorrupt, v.change, n)
@@ -335,7 +335,7 @@ func (st *restorer) store(ctx context.Context) (change, error) {
 	w.head.Change, w.headRev = st.n-1, 0
 	w.head.Epoch++
 	w.index[pathRestore] = located{revision: st.markRev}
-	return s.commit(ctx, []mut{{pathBoot, &boot}, {pathRestore, nil}})
+	return s.commit(ctx, []mut{{pathBoot, &boot}, {pathRestore, nil}}, true)
 }
 
 // put replaces or adds a record of the state being restored.

@@ -184,7 +184,7 @@ func (s *Service) vaultSeal(ctx context.Context, vault string, n uint64) (*dek.K
 // reserveSeals stores how many seals the version sv may have made, adding the
 // version if it is new.
 func (s *Service) reserveSeals(ctx context.Context, vault string, sv sealVersion, reserved uint64) error {
-	_, err := s.update(ctx, func(v *view) ([]mut, error) {
+	_, err := s.keepBooks(ctx, func(v *view) ([]mut, error) {
 		rec, ok := v.vaults.get(vault)
 		if !ok {
 			return nil, fmt.Errorf("vault %s: %w", vault, dek.ErrNotFound)
