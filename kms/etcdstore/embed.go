@@ -33,6 +33,7 @@ type member struct {
 	opening atomic.Bool
 	lock    *os.File // flock on LOCK: one process per directory
 	stop    chan struct{}
+	dead    chan struct{}   // closed when etcd said its last words
 	purged  <-chan struct{} // closed when the purger has ended
 }
 
@@ -61,7 +62,7 @@ var setSegment = sync.OnceFunc(func() { wal.SegmentSizeBytes = walSegmentBytes }
 
 func (s *Store) openEmbedded(ctx context.Context) error {
 	setSegment()
-	s.member = &member{stop: make(chan struct{})}
+	s.member = &member{stop: make(chan struct{}), dead: make(chan struct{})}
 	s.member.opening.Store(true)
 	if err := s.member.prepare(s.cfg.Dir); err != nil {
 		s.member.unlock()
@@ -142,7 +143,7 @@ func (m *member) startError(s *Store, dir string, err error, lg *zap.Logger) err
 		return corrupt(dir, "%v", err)
 	}
 	if err := checkBroken(dir); err != nil {
-		m.server.HardStop()
+		m.halt()
 		return err
 	}
 	m.purged, _ = fileutil.PurgeFileWithDoneNotify(lg.WithOptions(zap.IncreaseLevel(zap.ErrorLevel)),
@@ -262,8 +263,22 @@ func (m *member) close() {
 	if m.purged != nil {
 		<-m.purged
 	}
-	m.server.HardStop()
+	m.halt()
 	m.unlock()
+}
+
+// halt stops etcd. It writes once more while it stops, which may be what it
+// dies of: then it stands still, and there is nothing to wait for.
+func (m *member) halt() {
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		m.server.HardStop()
+	}()
+	select {
+	case <-stopped:
+	case <-m.dead:
+	}
 }
 
 func (m *member) unlock() {

@@ -91,6 +91,7 @@ func (s *Store) die(err error) {
 	s.fatalOnce.Do(func() {
 		s.cfg.Logger.Error("the embedded store can't go on", "err", err)
 		s.end(err)
+		close(s.member.dead)
 		if f := s.cfg.OnFatal; f != nil && !s.member.opening.Load() {
 			go f(err)
 		}
