@@ -143,7 +143,8 @@ func parseRecord(line []byte) (seq uint64, e kms.Event, err error) {
 	if !p.skip("}") || len(p.rest) != 0 || p.bad || seq == 0 {
 		return 0, kms.Event{}, errRecord
 	}
-	if e.Time, err = time.Parse(timeLayout, string(at)); err != nil || len(at) != len(timeLayout) {
+	// time.Parse takes a comma for the point (the fuzzer found it).
+	if e.Time, err = time.Parse(timeLayout, string(at)); err != nil || len(at) != len(timeLayout) || at[19] != '.' {
 		return 0, kms.Event{}, fmt.Errorf("%w: time", errRecord)
 	}
 	for i, name := range phases {
