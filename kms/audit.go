@@ -12,6 +12,10 @@ import (
 // systemPrincipal is the service itself in records.
 const systemPrincipal = "system/kms"
 
+// Anonymous is a caller without an identity in records: a record always names
+// somebody. Nobody can hold a grant or a certificate by this name.
+const Anonymous = "anonymous"
+
 // resultOK is Event.Result of what succeeded.
 const resultOK = "ok"
 
@@ -115,7 +119,7 @@ func (s *Service) intend(ctx context.Context, ev Event) (*act, error) {
 // event fills in what every record of a call has.
 func (s *Service) event(c Caller, op Operation, scope string) Event {
 	return Event{
-		Time: s.cfg.Clock.Now(), Operation: op, Principal: c.Principal, Serial: c.Serial,
+		Time: s.cfg.Clock.Now(), Operation: op, Principal: or(c.Principal, Anonymous), Serial: c.Serial,
 		Remote: c.Remote, Correlation: c.Correlation, Object: scope,
 	}
 }
