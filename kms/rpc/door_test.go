@@ -39,6 +39,7 @@ type door struct {
 	*rpc.Server
 	house     *house
 	ledger    *ledger
+	records   rpc.Recorder // ledger, or the real log
 	authority *identity.Authority
 	signer    *ecdsa.PrivateKey
 	registry  *prometheus.Registry
@@ -92,8 +93,11 @@ func (d *door) start(t testing.TB, b rpc.Backend, log rpc.AuditLog) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if d.records == nil {
+		d.records = d.ledger
+	}
 	d.Server, err = rpc.NewServer(rpc.Config{
-		Backend: b, Identities: d.authority, Records: d.ledger, Rules: policy, AuditLog: log,
+		Backend: b, Identities: d.authority, Records: d.records, Rules: policy, AuditLog: log,
 		Endpoints: []string{"127.0.0.1:7443"}, Registerer: d.registry, Now: d.clock.now,
 	})
 	if err != nil {

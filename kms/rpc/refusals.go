@@ -64,6 +64,7 @@ func (s *Server) refusedHandshake(remote string, err error) {
 
 func (s *Server) keep(ctx context.Context, e kms.Event) {
 	if e.Principal == "" {
+		e.Principal = kms.Anonymous
 		ok, dropped := s.strangers.pass(time.Now())
 		if !ok {
 			s.metrics.unrecorded.Inc()

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -87,8 +88,42 @@ func openEstate(t *testing.T) *estate {
 	if err != nil {
 		t.Fatal(err)
 	}
+	e.records = e.log
 	e.start(t, rpc.NewBackend(e.service), new(house))
 	return e
+}
+
+// TestRefusalsAreInTheLog: what never reached the service is in the real log
+// too, beside what it refused itself.
+func TestRefusalsAreInTheLog(t *testing.T) {
+	e := openEstate(t)
+	_, s := exchange(t, e.as(t, "person/x"), kmspb.Admin_GetKey_FullMethodName, []byte("\xff")) // malformed
+	if s.Code() != codes.InvalidArgument {
+		t.Fatal(s)
+	}
+	exchange(t, e.as(t, "person/x"), kmspb.Admin_GetKey_FullMethodName, encode(t, &kmspb.GetKeyRequest{Vault: "v", Name: "k"}))
+	exchange(t, e.dial(t, nil), kmspb.Admin_GetStatus_FullMethodName, nil)
+	foreign := newAuthority(t, newSigner(t), e.clock.now)
+	exchange(t, e.dial(t, certificate(t, foreign, "person/x")), kmspb.Admin_GetStatus_FullMethodName, nil)
+	if _, err := e.redeem(t, "kwt1_"+strings.Repeat("A", 59), nil); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("unknown token: got %v, want PermissionDenied", err)
+	}
+	want := map[string]bool{
+		"key.read person/x front door invalid": true, "key.read person/x no grant for key.read denied": true,
+		"system.status anonymous front door denied": true, "front-door.handshake anonymous front door denied": true,
+		"enrolment.redeem anonymous unknown token denied": true,
+	}
+	for r, err := range e.log.Records(t.Context(), audit.Filter{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Event.Phase == kms.PhaseRefused {
+			delete(want, fmt.Sprintf("%s %s %s %s", r.Event.Operation, r.Event.Principal, r.Event.Rule, r.Event.Result))
+		}
+	}
+	for w := range want {
+		t.Errorf("no record of: %s", w)
+	}
 }
 
 type clockOf struct{ c *clock }
