@@ -55,6 +55,11 @@ that fails leaves a server that runs and restarts as before.`,
 			return a.register(cmd, cfg)
 		},
 	}
+	registerFlags(cmd, &cfg, &start)
+	return cmd
+}
+
+func registerFlags(cmd *cobra.Command, cfg *register.Config, start *string) {
 	f := cmd.Flags()
 	f.StringVar(&cfg.TokenFile, "token-file", "", "token `file` from the officer (mode 0600)")
 	f.BoolVar(&cfg.Replace, "replace", false, "enrol this host anew, over the identity that is there")
@@ -67,13 +72,12 @@ that fails leaves a server that runs and restarts as before.`,
 	f.StringVar(&cfg.HostSecretFile, "host-secret-file", connector.DefaultHostSecretFile, "`file` with the secret that seals the agent's identity; made if absent")
 	f.StringVar(&cfg.AgentSocket, "socket", connector.DefaultAgentSocket, "agent's Unix `socket`")
 	f.StringVar(&cfg.AgentProgram, "agent-program", "", "agent's `program` (default: keyward-agent beside this one, or in PATH)")
-	f.StringVar(&start, "start-agent", string(register.StartAuto), "`how` to start the agent: auto, systemd, spawn or none")
+	f.StringVar(start, "start-agent", string(register.StartAuto), "`how` to start the agent: auto, systemd, spawn or none")
 	for _, name := range []string{"token-file", "dsn-file"} {
 		_ = cmd.MarkFlagFilename(name) // the flags are defined above
 	}
 	_ = cmd.RegisterFlagCompletionFunc("start-agent", cobra.FixedCompletions( // as above
 		[]string{"auto", "systemd", "spawn", "none"}, cobra.ShellCompDirectiveNoFileComp))
-	return cmd
 }
 
 // defaultServerSocket is where Debian's server listens.

@@ -24,7 +24,7 @@ const cnfHead = `# Written by: keyward plugin register mariadb
 // what plugins/mariadb/README.md explains line by line. The plugin must be
 // loaded from here: InnoDB asks for keys before the server reads its table of
 // plugins.
-const encrypted = `innodb_encrypt_tables = ON
+const encrypted = `innodb_encrypt_tables = FORCE
 innodb_encrypt_log = ON
 innodb_encrypt_temporary_tables = ON
 innodb_encryption_threads = 4
@@ -106,7 +106,7 @@ func (s *Server) EncryptNow(ctx context.Context) error {
 	for _, q := range []string{
 		"SET GLOBAL innodb_encryption_rotate_key_age = 1",
 		"SET GLOBAL innodb_encryption_threads = 4",
-		"SET GLOBAL innodb_encrypt_tables = ON",
+		"SET GLOBAL innodb_encrypt_tables = 'FORCE'",
 		"SET GLOBAL aria_encrypt_tables = ON",
 		"SET GLOBAL encrypt_tmp_disk_tables = ON",
 	} {

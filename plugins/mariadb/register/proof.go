@@ -36,8 +36,8 @@ type Proof struct {
 
 // Prove makes an encrypted table with a random row, has the server write it
 // out, looks at what the server says of it and searches its file for the row;
-// an unencrypted table beside it, where the server allows one, shows that the
-// search finds what is there. Both are dropped again. dek.ErrCorrupt: the row
+// an unencrypted table beside it shows that the search finds what is there (a
+// MyISAM one, which MariaDB never encrypts, where innodb_encrypt_tables is FORCE). Both are dropped again. dek.ErrCorrupt: the row
 // was found in clear or the table is not encrypted.
 func (s *Server) Prove(ctx context.Context) (p Proof, err error) {
 	c, err := s.db.Conn(ctx)
@@ -55,10 +55,10 @@ func (s *Server) Prove(ctx context.Context) (p Proof, err error) {
 
 // A trial is one run of Prove on one connection: the flush lock belongs to it.
 type trial struct {
-	c       *sql.Conn
-	canary  string
-	control bool
-	made    bool
+	c      *sql.Conn
+	canary string
+	force  bool // the server refuses unencrypted InnoDB tables
+	made   bool
 }
 
 func (t *trial) exec(ctx context.Context, q string, args ...any) error {
@@ -82,7 +82,7 @@ func (t *trial) prepare(ctx context.Context) error {
 	if err := t.c.QueryRowContext(ctx, "SELECT @@innodb_encrypt_tables").Scan(&force); err != nil {
 		return classify(err)
 	}
-	t.control = force != "FORCE"
+	t.force = force == "FORCE"
 	raw := make([]byte, 24)
 	rand.Read(raw)
 	t.canary = "keyward-proof-" + hex.EncodeToString(raw)
@@ -91,9 +91,7 @@ func (t *trial) prepare(ctx context.Context) error {
 		"CREATE DATABASE IF NOT EXISTS " + proofSchema,
 		"DROP TABLE IF EXISTS " + proofSchema + ".sealed, " + proofSchema + ".plain",
 		"CREATE TABLE " + proofSchema + ".sealed (v VARCHAR(100)) ENGINE=InnoDB ENCRYPTED=YES ENCRYPTION_KEY_ID=1",
-	}
-	if t.control {
-		steps = append(steps, "CREATE TABLE "+proofSchema+".plain (v VARCHAR(100)) ENGINE=InnoDB ENCRYPTED=NO")
+		"CREATE TABLE " + proofSchema + ".plain (v VARCHAR(100)) ENGINE=" + t.plainEngine(),
 	}
 	for i, q := range steps {
 		if err := t.exec(ctx, q); err != nil {
@@ -101,7 +99,7 @@ func (t *trial) prepare(ctx context.Context) error {
 		}
 		t.made = t.made || i == 1
 	}
-	for _, table := range t.tables() {
+	for _, table := range []string{"sealed", "plain"} {
 		if err := t.exec(ctx, "INSERT INTO "+proofSchema+"."+table+" (v) VALUES (?)", t.canary); err != nil {
 			return err
 		}
@@ -109,20 +107,28 @@ func (t *trial) prepare(ctx context.Context) error {
 	return nil
 }
 
-func (t *trial) tables() []string {
-	if t.control {
-		return []string{"sealed", "plain"}
+func (t *trial) plainEngine() string {
+	if t.force {
+		return "MyISAM"
 	}
-	return []string{"sealed"}
+	return "InnoDB ENCRYPTED=NO"
+}
+
+// flush has both tables' pages on disk; the InnoDB ones stay locked.
+func (t *trial) flush(ctx context.Context) error {
+	const sealed, plain = proofSchema + ".sealed", proofSchema + ".plain"
+	if !t.force {
+		return t.exec(ctx, "FLUSH TABLES "+sealed+", "+plain+" FOR EXPORT")
+	}
+	if err := t.exec(ctx, "FLUSH TABLES "+plain); err != nil {
+		return err
+	}
+	return t.exec(ctx, "FLUSH TABLES "+sealed+" FOR EXPORT")
 }
 
 // look flushes both tables and judges what stands on disk.
 func (t *trial) look(ctx context.Context) (Proof, error) {
-	var names []string
-	for _, table := range t.tables() {
-		names = append(names, proofSchema+"."+table)
-	}
-	if err := t.exec(ctx, "FLUSH TABLES "+strings.Join(names, ", ")+" FOR EXPORT"); err != nil {
+	if err := t.flush(ctx); err != nil {
 		return Proof{}, err
 	}
 	var p Proof
@@ -157,10 +163,11 @@ func (t *trial) search(dir string, p *Proof) error {
 	if bytes.Contains(sealed, []byte(t.canary)) {
 		return fmt.Errorf("%w: the row of the encrypted proof table stands in clear in its file", dek.ErrCorrupt)
 	}
-	if !t.control {
-		return nil
+	name := "plain.ibd"
+	if t.force {
+		name = "plain.MYD"
 	}
-	plain, err := os.ReadFile(filepath.Join(dir, proofSchema, "plain.ibd"))
+	plain, err := os.ReadFile(filepath.Join(dir, proofSchema, name))
 	if err != nil {
 		return fmt.Errorf("read the control table's file: %w", err)
 	}

@@ -342,8 +342,6 @@ func (r *registration) prove(ctx context.Context) (Step, error) {
 	switch {
 	case p.Control:
 		s.Detail += "; its row is not in its file, and is in the file of an unencrypted table"
-	case p.Files:
-		s.Detail += "; its row is not in its file"
 	default:
 		s.Detail += ", by the server's word: its files can't be read from here"
 	}

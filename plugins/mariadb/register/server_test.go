@@ -99,6 +99,9 @@ func TestInstallAndProve(t *testing.T) {
 	}
 	checkParts(t, r, map[string]bool{"InnoDB tables": true, "Aria tables": true, "redo log": false, "binary log": false})
 	awaitAll(t, r, 1)
+	if p, err := r.Prove(t.Context()); err != nil || !p.Control {
+		t.Errorf("proof on a server that refuses unencrypted tables: got %+v, %v", p, err)
+	}
 	if got := r.agent.Roll(1); got != 3 {
 		t.Fatalf("roll: got server version %d, want 3", got)
 	}
