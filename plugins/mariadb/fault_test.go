@@ -132,8 +132,11 @@ func TestFaultMatrix(t *testing.T) {
 }
 
 // TestMissingVersion: the agent does not list a version that a table needs and
-// refuses it. The table is unreadable, the server lives, nothing hangs; when
-// the version is back the table is read again.
+// refuses it. The table is unreadable, the server lives, nothing hangs; after a
+// restart with the version back the table is read. Without re-encryption: two
+// threads that read the same page without its key make InnoDB 10.11.19 abort
+// (fil0crypt.cc, "end_lsn > state->end_lsn"), which is why a start without a
+// listed version is refused.
 func TestMissingVersion(t *testing.T) {
 	for name, fault := range faults {
 		if name == "slow" {
@@ -141,7 +144,7 @@ func TestMissingVersion(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t)
+			r := newRig(t, "--innodb-encryption-threads=0")
 			r.fill("t1", "")
 			r.fill("t7", "ENCRYPTION_KEY_ID=7")
 			r.stopClean()
@@ -169,8 +172,6 @@ func TestMissingVersion(t *testing.T) {
 				t.Error("the error log does not name the version")
 			}
 			r.agent.SetFault(nil)
-			_, err := r.DB().ExecContext(t.Context(), "SELECT * FROM d.t7")
-			t.Logf("without restart: %v", err)
 			r.stopClean()
 			if err := r.Start(t.Context()); err != nil {
 				t.Fatal(err)

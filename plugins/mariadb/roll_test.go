@@ -2,6 +2,7 @@ package mariadb_test
 
 import (
 	"bytes"
+	"fmt"
 	"testing"
 	"time"
 
@@ -152,4 +153,29 @@ func TestPrivilege(t *testing.T) {
 		t.Error("a stranger may flush")
 	}
 	r.want("rows of root", r.query("SELECT COUNT(*) FROM information_schema.KEYWARD_KEYS"), "3")
+}
+
+// TestRollUnderTemporaryTables rolls while temporary tables that do not fit the
+// buffer pool are in use (MDEV-34372: they were lost in some releases).
+func TestRollUnderTemporaryTables(t *testing.T) {
+	r := newRig(t, "--innodb-buffer-pool-size=6M")
+	r.fill("t1", "")
+	queries := []string{"CREATE TEMPORARY TABLE d.x (id INT PRIMARY KEY, v VARCHAR(500)) ENGINE=InnoDB",
+		"INSERT INTO d.x SELECT seq, CONCAT('" + canary + "', REPEAT(seq, 60)) FROM d.seq_1_to_30000"}
+	check := "SELECT IF(COUNT(*) = 30000, 1, (SELECT 1 UNION SELECT 2)) FROM d.x WHERE v LIKE '" + canary + "%'" // fails unless all are there
+	conn, err := r.DB().Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for range 3 {
+		for _, q := range append(queries, check) {
+			if _, err := conn.ExecContext(t.Context(), q); err != nil {
+				t.Fatalf("%s: %v", q, err)
+			}
+		}
+		queries = []string{"UPDATE d.x SET v = CONCAT(v, 'x') WHERE id % 3 = 0"}
+		want := fmt.Sprint(r.agent.Roll(1))
+		eventually(t, "roll", 5*time.Second, func() bool { return r.key(1, "LATEST_VERSION") == want })
+	}
 }

@@ -124,8 +124,8 @@ func TestAgentComesLate(t *testing.T) {
 	}
 }
 
-// TestOldVersionRetired: a server starts without an old version that the KMS
-// refuses, but not without one that the KMS could not be asked for.
+// TestOldVersionRetired: a server does not start without an old version, unless
+// it is one that the KMS refuses and the DBA says so.
 func TestOldVersionRetired(t *testing.T) {
 	r, c := prepared(t)
 	r.agent.Roll(7)
@@ -142,7 +142,10 @@ func TestOldVersionRetired(t *testing.T) {
 		t.Fatalf("started without a version that may be needed: %v", err)
 	}
 	refuse(mariadbtest.ClassDenied)
-	if err := r.Start(t.Context()); err != nil {
+	if err := r.Start(t.Context()); !errors.Is(err, mariadbtest.ErrExited) {
+		t.Fatalf("started without a version that is denied: %v", err)
+	}
+	if err := r.Start(t.Context(), "--keyward-require-old-keys=OFF"); err != nil {
 		t.Fatal(err)
 	}
 	r.want("versions", r.key(7, "VERSIONS"), "3")

@@ -91,9 +91,14 @@ static void end_thread(struct thread *t) {
   free(t);
 }
 
+/* kw_crypt_destroy may have been faster: then t is not in the list. */
 static void thread_exits(void *t) {
   pthread_mutex_lock(&all.mu);
-  end_thread(t);
+  for (struct thread *i = all.threads; i; i = i->next)
+    if (i == t) {
+      end_thread(i);
+      break;
+    }
   pthread_mutex_unlock(&all.mu);
 }
 

@@ -63,6 +63,7 @@ struct kw_settings {
   _Atomic uint32_t start_timeout_ms; /* all attempts of a server start */
   _Atomic uint32_t revoke_grace_ms;
   _Atomic int on_revoke; /* enum kw_on_revoke */
+  bool require_old_keys;
   enum kw_cipher cipher;
 };
 extern struct kw_settings kw_settings;

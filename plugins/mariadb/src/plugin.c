@@ -149,7 +149,7 @@ static struct {
   char *socket, *instance;
   double timeout, start_timeout, revoke_grace; /* seconds */
   unsigned long cipher, on_revoke;
-  char refresh;
+  char require_old_keys, refresh;
 } var;
 
 static const char *cipher_names[] = {"ctr", "cbc", NULL};
@@ -189,11 +189,13 @@ static MYSQL_SYSVAR_DOUBLE(start_timeout, var.start_timeout, PLUGIN_VAR_RQCMDARG
 static MYSQL_SYSVAR_ENUM(cipher, var.cipher, PLUGIN_VAR_RQCMDARG | PLUGIN_VAR_READONLY, "ctr (AES-CTR, AES-GCM for temporary files) or cbc; must stay what the data was written with", NULL, NULL, KW_CTR, &ciphers);
 static MYSQL_SYSVAR_ENUM(on_revoke, var.on_revoke, PLUGIN_VAR_RQCMDARG, "When the KMS denies access to a key in use: keep (go on with the keys held) or shutdown (cleanly, after keyward_revoke_grace)", NULL, update_enum, KW_KEEP, &on_revokes);
 static MYSQL_SYSVAR_DOUBLE(revoke_grace, var.revoke_grace, PLUGIN_VAR_RQCMDARG, "Seconds between a denial and the shutdown that keyward_on_revoke=shutdown asks for", NULL, update_double, 0, 0, 2592000, 0);
+static MYSQL_SYSVAR_BOOL(require_old_keys, var.require_old_keys, PLUGIN_VAR_OPCMDARG | PLUGIN_VAR_READONLY, "Refuse to start without an old key version that the KMS refuses; OFF if nothing is encrypted with it any more", NULL, NULL, 1);
 static MYSQL_SYSVAR_BOOL(refresh, var.refresh, PLUGIN_VAR_OPCMDARG, "SET GLOBAL keyward_refresh=1 asks the agent for changes now; always reads OFF", NULL, update_refresh, 0);
 
 static struct st_mysql_sys_var *system_variables[] = {
     MYSQL_SYSVAR(socket),   MYSQL_SYSVAR(instance),     MYSQL_SYSVAR(timeout), MYSQL_SYSVAR(start_timeout), MYSQL_SYSVAR(cipher),
-    MYSQL_SYSVAR(on_revoke), MYSQL_SYSVAR(revoke_grace), MYSQL_SYSVAR(refresh), NULL,
+    MYSQL_SYSVAR(on_revoke), MYSQL_SYSVAR(revoke_grace), MYSQL_SYSVAR(refresh),
+    MYSQL_SYSVAR(require_old_keys), NULL,
 };
 
 /* ---- status variables -------------------------------------------------------------------- */
@@ -302,6 +304,7 @@ static int init(void *p __attribute__((unused))) {
   kw_settings.socket_path = var.socket && *var.socket ? var.socket : DEFAULT_SOCKET;
   kw_settings.instance = var.instance ? var.instance : "";
   kw_settings.cipher = (enum kw_cipher)var.cipher;
+  kw_settings.require_old_keys = var.require_old_keys;
   apply_settings();
   if (!kw_crypt_init(&e) || kw_session_start(&e) != KW_OK)
     return refuse(&e);

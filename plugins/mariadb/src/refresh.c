@@ -161,12 +161,12 @@ static enum kw_class get(struct kw_conn *c, const struct kw_want *w, uint64_t de
   return rc;
 }
 
-/* May a server start without this version? Not without a current one, and not
-   without an old one that could not be asked for: a page read that finds its
-   key missing makes InnoDB call the table corrupted until the next start. An
-   old one that the KMS refuses was retired by a person. */
+/* May a server start without this version? InnoDB calls a table corrupted until
+   the next start once a page was read without its key, and may abort when that
+   meets its re-encryption (fil0crypt.cc, "end_lsn > state->end_lsn"): so not,
+   unless the DBA says that what the KMS refuses is no longer needed. */
 static bool start_without(const struct kw_want *w, enum kw_class rc, const struct kw_error *e) {
-  if (w->current || (rc != KW_DENIED && rc != KW_NOT_FOUND))
+  if (w->current || kw_settings.require_old_keys || (rc != KW_DENIED && rc != KW_NOT_FOUND))
     return false;
   kw_log(KW_WARN, "starting without key id %u version %u: %s", w->id, w->version, e->text);
   return true;
