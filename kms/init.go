@@ -155,9 +155,13 @@ func (s *Service) firstRecords(ctx context.Context, req InitRequest, mark *initM
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.append(ctx, Event{Time: s.cfg.Clock.Now(), Phase: PhaseOutcome, Intent: intent, Operation: "system.init",
-		Principal: systemPrincipal, Result: resultOK, Change: ch.n, State: ch.state})
-	return token, err
+	if _, err := s.append(ctx, Event{Time: s.cfg.Clock.Now(), Phase: PhaseOutcome, Intent: intent, Operation: "system.init",
+		Principal: systemPrincipal, Result: resultOK, Change: ch.n, State: ch.state}); err != nil {
+		// The installation is there and its token exists here only: the first
+		// start records what is missing.
+		s.cfg.Logger.Warn("the outcome of init is not recorded yet", "error", err)
+	}
+	return token, nil
 }
 
 // auditKey returns the public half of the audit key.
