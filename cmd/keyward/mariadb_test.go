@@ -70,9 +70,6 @@ func newDatabase(t *testing.T, dir string) *database {
 		err = mariadbtest.InstallDB(t.Context(), filepath.Join(dir, "data"))
 	}
 	if err != nil {
-		if errors.Is(err, mariadbtest.ErrMissing) && os.Getenv("KEYWARD_REQUIRE_INTEGRATION") != "1" {
-			t.Skip(err)
-		}
 		t.Fatal(err)
 	}
 	if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o755); err != nil {

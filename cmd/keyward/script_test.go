@@ -65,6 +65,15 @@ func scriptCommands() map[string]func(*testscript.TestScript, bool, []string) {
 	}
 }
 
+// condition knows [mariadb]: a server is installed, or must be.
+func condition(name string) (bool, error) {
+	if name != "mariadb" {
+		return false, fmt.Errorf("unknown condition %q", name)
+	}
+	_, err := exec.LookPath("mariadbd")
+	return err == nil || os.Getenv("KEYWARD_REQUIRE_INTEGRATION") == "1", nil
+}
+
 // cmdExits runs a program and compares its exit status: exits 2 keyward vault.
 func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 	want, err := strconv.Atoi(args[0])
@@ -117,6 +126,7 @@ func TestScripts(t *testing.T) {
 		t.Run(filepath.Base(f), func(t *testing.T) {
 			testscript.Run(t, testscript.Params{
 				Files: []string{f}, Cmds: scriptCommands(), RequireExplicitExec: true,
+				Condition:     condition,
 				UpdateScripts: os.Getenv("KEYWARD_UPDATE_SCRIPTS") == "1",
 				Setup: func(e *testscript.Env) error {
 					e.Values[scriptT{}] = t
