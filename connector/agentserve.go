@@ -73,8 +73,8 @@ func (in *instance) wanted() string {
 // lease returns the key that a server knows as k; the caller releases it.
 // Errors carry the text for the server's log.
 func (in *instance) lease(ctx context.Context, k ServerKey) (dek.Lease, error) {
-	s := in.view.Load().index[k]
-	if s == nil {
+	s, known := in.view.Load().index[k]
+	if !known {
 		return dek.Lease{}, in.unknown(k)
 	}
 	if s.denied {
@@ -86,10 +86,11 @@ func (in *instance) lease(ctx context.Context, k ServerKey) (dek.Lease, error) {
 	if lease, ok := in.cache.Peek(s.id); ok {
 		return lease, nil
 	}
-	lease, err := in.cache.Get(ctx, s.id, func(ctx context.Context) (*dek.Key, error) { return in.loadKey(ctx, s.id) })
+	id := s.id // s would move to the heap on every hit
+	lease, err := in.cache.Get(ctx, id, func(ctx context.Context) (*dek.Key, error) { return in.loadKey(ctx, id) })
 	// A denial that came meanwhile has purged before this key arrived: look
 	// again, and purge again.
-	if now := in.view.Load().index[k]; now != nil && now.denied && in.cfg.DenialGrace == 0 {
+	if in.view.Load().index[k].denied && in.cfg.DenialGrace == 0 {
 		lease.Release()
 		in.mu.Lock()
 		in.purgeDenied()
@@ -103,8 +104,8 @@ func (in *instance) lease(ctx context.Context, k ServerKey) (dek.Lease, error) {
 }
 
 // leaseDenied serves from memory within the grace time, never from the service.
-func (in *instance) leaseDenied(s *slot, k ServerKey) (dek.Lease, error) {
-	if in.cfg.Now().Before(s.until) {
+func (in *instance) leaseDenied(s slot, k ServerKey) (dek.Lease, error) {
+	if in.cfg.Now().UnixNano() < s.until {
 		if lease, ok := in.cache.Peek(s.id); ok {
 			return lease, nil
 		}
@@ -140,8 +141,8 @@ func (in *instance) noteUsage(usage []ServerUsage) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	for _, u := range usage {
-		s := v.index[u.ServerKey]
-		if s == nil {
+		s, listed := v.index[u.ServerKey]
+		if !listed {
 			continue
 		}
 		last, known := in.usage[s.id]

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -11,7 +12,7 @@ import (
 	"github.com/keyward/keyward/dek"
 )
 
-// manyKeys is from how many fetched keys on memory is given back at once.
+// manyKeys is from how many versions on memory is given back at once.
 const manyKeys = 1000
 
 // coldTime bounds what a database start waits for the key service; the plugin
@@ -76,15 +77,20 @@ func (in *instance) syncOnce(ctx context.Context, cold bool, d depth) error {
 		return err
 	}
 	wanted := in.merge(opened, d)
+	many := 0
+	for i := range opened.Keyrings {
+		many += len(opened.Keyrings[i].Versions)
+	}
 	results, err := in.fetch(ctx, wanted)
 	if err != nil {
 		in.lost(err)
 		return err
 	}
 	err = in.apply(ctx, epoch, wanted, results)
-	if len(wanted) >= manyKeys {
+	if many >= manyKeys {
 		// The messages were several times the size of what is kept; an agent
 		// is then idle for hours, in which nothing else would return them.
+		runtime.GC() // twice: buffer pools survive one collection
 		debug.FreeOSMemory()
 	}
 	return err
@@ -202,8 +208,14 @@ func (in *instance) fetch(ctx context.Context, ws []dek.Wrapped) ([]UnwrapResult
 // Answers from before a denial are thrown away.
 func (in *instance) apply(ctx context.Context, epoch uint64, ws []dek.Wrapped, results []UnwrapResult) error {
 	got := make(map[dek.KeyID]error, len(ws))
+	names := map[dek.KeyringID]dek.KeyringID{} // the cache keeps one copy of each
 	for i, w := range ws {
-		got[w.ID()] = in.hold(ctx, w.ID(), results[i])
+		id := w.ID()
+		if _, ok := names[id.KeyringID]; !ok {
+			names[id.KeyringID] = id.KeyringID
+		}
+		id.KeyringID = names[id.KeyringID]
+		got[id] = in.hold(ctx, id, results[i])
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()

@@ -3,7 +3,6 @@ package connector
 import (
 	"bytes"
 	"slices"
-	"time"
 
 	"github.com/keyward/keyward/dek"
 )
@@ -12,7 +11,7 @@ import (
 type view struct {
 	generation uint64
 	list       []byte // encoded LIST body without generation
-	index      map[ServerKey]*slot
+	index      map[ServerKey]slot
 	changed    chan struct{} // closed when a newer view took its place
 }
 
@@ -20,8 +19,8 @@ type view struct {
 type slot struct {
 	id      dek.KeyID
 	denied  bool
-	until   time.Time // a denied version is served from memory until then
-	expired bool      // the outage limit has passed
+	until   int64 // Unix nanoseconds: a denied version is served from memory until then
+	expired bool  // the outage limit has passed
 }
 
 // maxListed bounds a LIST reply so that it fits a frame.
@@ -29,7 +28,7 @@ const maxListed = maxFrame - 256
 
 // buildView encodes the state; in.mu is held.
 func (in *instance) buildView() *view {
-	v := &view{index: make(map[ServerKey]*slot), changed: make(chan struct{})}
+	v := &view{index: make(map[ServerKey]slot, in.versions()), changed: make(chan struct{})}
 	var listed []ListedKeyring
 	for i := range in.state.Keyrings {
 		k := &in.state.Keyrings[i]
@@ -85,10 +84,16 @@ func (in *instance) listState(k *keyringState) ListState {
 	return ListActive
 }
 
-func (in *instance) slot(k *keyringState, v *versionState) *slot {
-	s := &slot{id: k.key(v), denied: v.Denied, expired: in.expired}
+// versions counts, to size the index at once; in.mu is held.
+func (in *instance) versions() (n int) {
+	in.each(func(*keyringState, *versionState) { n++ })
+	return n
+}
+
+func (in *instance) slot(k *keyringState, v *versionState) slot {
+	s := slot{id: k.key(v), denied: v.Denied, expired: in.expired}
 	if v.Denied {
-		s.until = in.deniedAt.Add(in.cfg.DenialGrace)
+		s.until = in.deniedAt.Add(in.cfg.DenialGrace).UnixNano()
 	}
 	return s
 }

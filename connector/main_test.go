@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strconv"
@@ -85,12 +87,18 @@ func runAgentProcess(text string) int {
 	return 0
 }
 
+// binaryEnv names a keyward-agent that is measured in place of the test program.
+const binaryEnv = "KEYWARD_AGENT_BINARY"
+
 // startProcess runs the host's agent in a process of its own.
 func (h *host) startProcess() *exec.Cmd {
 	c := processConfig{h.cfg.Socket, h.cfg.StateDir, h.cfg.HostSecretFile, h.cfg.Instances, h.cfg.CallTimeout}
 	cmd := exec.Command(os.Args[0]) //nolint:gosec // this program
 	cmd.Env = append(os.Environ(), agentEnv+"="+string(must(json.Marshal(c))))
 	cmd.Stderr = os.Stderr
+	if binary := os.Getenv(binaryEnv); binary != "" {
+		return h.startBinary(binary)
+	}
 	out := must(cmd.StdoutPipe())
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
@@ -101,6 +109,31 @@ func (h *host) startProcess() *exec.Cmd {
 		h.t.Fatalf("agent process: %s", line)
 	}
 	return cmd
+}
+
+// startBinary runs the released program in place of the test program.
+func (h *host) startBinary(path string) *exec.Cmd {
+	f := connector.AgentFile{
+		Socket: h.cfg.Socket, StateDir: h.cfg.StateDir, HostSecretFile: h.cfg.HostSecretFile,
+		Instances: []connector.AgentInstance{{Name: "shop", Kind: "mariadb", User: strconv.Itoa(os.Getuid())}},
+	}
+	file := filepath.Join(h.t.TempDir(), "agent.json")
+	if err := os.WriteFile(file, must(f.Encode()), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	cmd := exec.Command(path, "--config", file) //nolint:gosec // the developer names it
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for { // until the socket answers; its own test ends this otherwise
+		if c, err := net.Dial("unix", h.cfg.Socket); err == nil {
+			_ = c.Close()
+			return cmd
+		}
+		runtime.Gosched()
+	}
 }
 
 // statusKiB reads a line of /proc/PID/status.
@@ -150,9 +183,13 @@ func TestAgentMemory(t *testing.T) {
 		t.Errorf("%d keys were not held", n)
 	}
 	rss, peak := statusKiB(t, cmd.Process.Pid, "VmRSS"), statusKiB(t, cmd.Process.Pid, "VmHWM")
-	t.Logf("agent with %d keys: VmRSS %d KiB, peak %d KiB", keyrings*versions, rss, peak)
-	if rss > 30<<10 {
-		t.Errorf("VmRSS %d KiB, want at most 30 MiB", rss)
+	t.Logf("agent with %d keys: VmRSS %d KiB (anonymous %d, file %d), peak %d KiB", keyrings*versions, rss, statusKiB(t, cmd.Process.Pid, "RssAnon"), statusKiB(t, cmd.Process.Pid, "RssFile"), peak)
+	limit := 30 << 10
+	if os.Getenv(binaryEnv) == "" {
+		limit += 5 << 10 // the test program's own text, with the service in it
+	}
+	if rss > limit {
+		t.Errorf("VmRSS %d KiB, want at most %d", rss, limit)
 	}
 }
 
