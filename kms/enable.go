@@ -43,10 +43,13 @@ func (s *Service) SetKeyEnabled(ctx context.Context, c Caller, req SetEnabled) (
 			var muts []mut
 			for i, rec := range k.versions {
 				n := dek.Version(i + 1)
-				if rec.State != from || req.Version != 0 && req.Version != n {
+				if req.Version != 0 && req.Version != n {
 					continue
 				}
-				touched[n] = true
+				touched[n] = true // also if it was done before: the instances are told again
+				if rec.State != from {
+					continue
+				}
 				next := *rec
 				next.State, next.Changed = to, s.now()
 				muts = append(muts, mut{versionPath(keyPath(req.Vault, req.Name), n), &next})

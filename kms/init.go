@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/keyward/keyward/dek"
-	"github.com/keyward/keyward/dek/recovery"
 )
 
 // maxFirstToken is how long the first administrator has.
@@ -35,9 +34,11 @@ func (r *InitRequest) check() error {
 		errs = append(errs, fmt.Errorf("%w: installation id: use 16 to 64 hex digits", dek.ErrInvalid))
 	}
 	if r.Recipient != "" {
-		if _, err := recovery.ParseRecipient(r.Recipient); err != nil {
-			errs = append(errs, fmt.Errorf("recovery recipient: %w", err))
+		text, err := canonicalRecipient(r.Recipient)
+		if err != nil {
+			errs = append(errs, err)
 		}
+		r.Recipient = text
 	}
 	if err := checkPrincipal(r.FirstAdministrator); err != nil {
 		errs = append(errs, fmt.Errorf("first administrator: %w", err))

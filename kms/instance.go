@@ -236,7 +236,7 @@ func (s *Service) beginOwn(ctx context.Context, c Caller, op Operation, name str
 // use. It wraps dek.ErrDenied (a stranger; revoked; cold and one of its
 // keyrings can't be used now), dek.ErrCorrupt (the audit log is behind the
 // checkpoint the agent saw: this service was put back in time and stops),
-// dek.ErrInvalid (a checkpoint that is none).
+// dek.ErrAuth (a checkpoint that no audit key of ours signed).
 func (s *Service) OpenInstance(ctx context.Context, c Caller, req OpenInstance) (InstanceView, error) {
 	a, inst, err := s.beginOwn(ctx, c, OpInstanceOpen, req.Instance)
 	if err != nil {

@@ -2,10 +2,20 @@ package kms
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/dek/recovery"
 )
+
+// canonicalRecipient returns the one spelling of a recipient's text.
+func canonicalRecipient(text string) (string, error) {
+	r, err := recovery.ParseRecipient(strings.TrimSpace(text))
+	if err != nil {
+		return "", fmt.Errorf("recovery recipient: %w", err)
+	}
+	return r.String(), nil
+}
 
 // sealToRecipient makes a recovery copy of k.
 func sealToRecipient(text string, b dek.Binding, k *dek.Key) ([]byte, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -201,6 +200,10 @@ func (s *Service) compareObjects(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the token's objects: %w", err)
 	}
+	there := make(map[dek.ObjectID]bool, len(objects))
+	for _, o := range objects {
+		there[o] = true
+	}
 	v := s.view.Load() // after the list: an object in it was recorded before it was made
 	known := map[dek.ObjectID]State{
 		dek.ObjectID(v.boot.Root): Enabled, dek.ObjectID(v.boot.Audit): Enabled, dek.ObjectID(v.boot.CA): Enabled,
@@ -209,7 +212,7 @@ func (s *Service) compareObjects(ctx context.Context) error {
 	for _, e := range sorted(&v.keys, "") {
 		for i, r := range e.value.versions {
 			known[dek.ObjectID(r.Object)] = r.State
-			if (r.State == Enabled || r.State == Disabled) && !slices.Contains(objects, dek.ObjectID(r.Object)) {
+			if (r.State == Enabled || r.State == Disabled) && !there[dek.ObjectID(r.Object)] {
 				missing = append(missing, fmt.Sprintf("key %s version %d", e.key, i+1))
 			}
 		}

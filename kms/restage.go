@@ -155,13 +155,16 @@ func (st *restorer) moveSeals(ctx context.Context, vault string, old []sealVersi
 // DEK of its keyrings for it, and leaves tombstones of the versions that went
 // with the old token. What was switched off stays off.
 func (st *restorer) stageKey(ctx context.Context, id string) error {
-	object, ok := st.mark.Masters[id]
-	if !ok {
-		return nil // no version ever came to be
-	}
 	s, v := st.s, st.l.view
 	vault, name := cutID(id)
 	k := v.key(vault, name)
+	if k.neverWas() {
+		return nil
+	}
+	object, ok := st.mark.Masters[id]
+	if !ok {
+		return fmt.Errorf("kms: internal error: no object was chosen for it")
+	}
 	off := k.current() == 0 && !slices.ContainsFunc(k.versions, func(r *keyVersionRecord) bool { return r.State == Pending })
 	was := make(map[dek.Version]State)
 	now := s.now()

@@ -77,7 +77,8 @@ func Restore(ctx context.Context, cfg Config, r io.Reader, opt RestoreOptions) (
 	}
 	cfg, err := cfg.complete()
 	if opt.Recipient != "" {
-		_, perr := recovery.ParseRecipient(opt.Recipient)
+		var perr error
+		opt.Recipient, perr = canonicalRecipient(opt.Recipient)
 		if opt.Private == nil {
 			perr = fmt.Errorf("%w: a new recipient needs the recovery key, to seal every key to it", dek.ErrInvalid)
 		}
@@ -144,9 +145,12 @@ func (st *restorer) run(ctx context.Context, r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	_, err = st.s.append(ctx, Event{Time: st.s.cfg.Clock.Now(), Phase: PhaseOutcome, Intent: intent, Operation: OpRestore,
-		Principal: systemPrincipal, Result: resultOK, Change: ch.n, State: ch.state})
-	return err
+	if _, err := st.s.append(ctx, Event{Time: st.s.cfg.Clock.Now(), Phase: PhaseOutcome, Intent: intent, Operation: OpRestore,
+		Principal: systemPrincipal, Result: resultOK, Change: ch.n, State: ch.state}); err != nil {
+		// All is there: the first start records what is missing.
+		st.s.cfg.Logger.Warn("the outcome of the restore is not recorded yet", "error", err)
+	}
+	return nil
 }
 
 // read verifies the whole file.
@@ -201,12 +205,30 @@ func (st *restorer) prepareStore(ctx context.Context) error {
 			return fmt.Errorf("clear an interrupted restore: %w", err)
 		}
 	}
-	if marked {
+	if marked && st.fits() {
 		return nil
 	}
 	st.newMark()
-	st.markRev, err = st.s.cfg.Store.Commit(ctx, []Change{{Path: pathRestore, Value: encode(&st.mark)}})
+	st.markRev, err = st.s.cfg.Store.Commit(ctx, []Change{{Path: pathRestore, Value: encode(&st.mark), Expect: st.markRev}})
 	return named(err, "store")
+}
+
+// fits reports whether the marker of an interrupted Restore is of this backup
+// and these options; else new objects are made.
+func (st *restorer) fits() bool {
+	boot := &st.l.view.boot
+	if (st.mark.Root == boot.Root) != (st.opt.Private == nil) || (st.mark.Audit == boot.Audit) == st.newLog() {
+		return false
+	}
+	if st.opt.Private == nil {
+		return true
+	}
+	for id, k := range st.l.view.keys.all() {
+		if _, ok := st.mark.Masters[id]; !ok && !k.neverWas() {
+			return false
+		}
+	}
+	return true
 }
 
 // newMark chooses ids for what will be made in the token.
