@@ -6,10 +6,10 @@ BIN     := bin
 LDFLAGS := -s -w
 # What the tests and the demo need of Debian. Everything else is Go.
 PACKAGES := softhsm2 mariadb-server mariadb-backup libmariadbd-dev libssl-dev gcc make pkg-config \
-            libnss3 libnss3-dev libnss3-tools strace valgrind sysbench procps
+            libnss3 libnss3-tools protobuf-compiler strace valgrind sysbench procps
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-.PHONY: all build go plugin vet lint arch test race fuzz bench demo campaign deps generate clean
+.PHONY: all build go plugin vet lint arch test race fuzz bench demo campaign deps generate generated clean
 
 all: build vet lint test
 
@@ -35,11 +35,13 @@ lint: arch
 arch:
 	$(GO) test -count=1 ./cmd/internal/archtest
 
+# TESTFLAGS=-race is what CI adds.
+TESTFLAGS ?=
 test: deps build
-	$(GO) test -timeout 20m ./...
+	$(GO) test $(TESTFLAGS) -timeout 30m ./...
 
-race: deps build
-	$(GO) test -race -timeout 30m ./...
+race:
+	$(MAKE) test TESTFLAGS=-race
 
 # Every fuzz target for FUZZTIME each.
 FUZZTIME ?= 10s
@@ -76,6 +78,10 @@ generate:
 	GOBIN=$(CURDIR)/$(BIN) $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	PATH=$$PATH:$(CURDIR)/$(BIN) protoc -I kms/kmspb --go_out=kms/kmspb --go_opt=paths=source_relative \
 	  --go-grpc_out=kms/kmspb --go-grpc_opt=paths=source_relative kms/kmspb/kms.proto
+
+# The generated code is that of the description.
+generated: generate
+	git diff --exit-code -- kms/kmspb
 
 clean:
 	rm -rf $(BIN) benchmarks/out

@@ -109,7 +109,7 @@ writes the configuration. SIGTERM ends it; databases keep what they hold.`,
 	return cmd
 }
 
-func serve(ctx context.Context, file string, check bool, stdout, stderr io.Writer) (err error) {
+func serve(ctx context.Context, file string, check bool, stdout, stderr io.Writer) error {
 	c, err := connector.ReadAgentConfig(file)
 	if err != nil {
 		return err
@@ -123,6 +123,5 @@ func serve(ctx context.Context, file string, check bool, stdout, stderr io.Write
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, agent.Close()) }()
 	return agent.Run(ctx)
 }

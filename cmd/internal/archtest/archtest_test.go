@@ -45,7 +45,7 @@ var alone = map[string][]string{
 	"github.com/hashicorp/golang-lru":  {"dek", "benchmarks"},
 	"go.etcd.io":                       {"kms/etcdstore"},
 	"google.golang.org/grpc":           {"kms/rpc", "kms/kmspb", "connector", "benchmarks", "cmd/..."},
-	"google.golang.org/protobuf":       {"kms/rpc", "kms/kmspb", "connector", "cmd/..."},
+	"google.golang.org/protobuf":       {"kms/etcdstore", "kms/rpc", "kms/kmspb", "connector", "cmd/..."},
 	"golang.org/x/mod/sumdb":           {"kms/audit"},
 	"github.com/go-sql-driver/mysql":   {"plugins/...", "cmd/...", "benchmarks"},
 	"github.com/spf13/cobra":           {"cmd/..."},
@@ -84,7 +84,9 @@ func TestImportRules(t *testing.T) {
 // TestPureGo: the agent and the CLI are static; no cgo, PKCS#11 or etcd in them.
 func TestPureGo(t *testing.T) {
 	for _, cmd := range []string{"cmd/keyward", "cmd/keyward-agent"} {
-		out, err := exec.Command("go", "list", "-deps", module+"/"+cmd).Output()
+		list := exec.Command("go", "list", "-deps", module+"/"+cmd)
+		list.Env = append(list.Environ(), "CGO_ENABLED=0")
+		out, err := list.Output()
 		if err != nil {
 			t.Fatalf("go list -deps %s: %v", cmd, err)
 		}
