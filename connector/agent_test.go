@@ -638,3 +638,22 @@ func TestAgentRenews(t *testing.T) {
 	getKey(t, s, 1, 1, "orders", 1)
 	h.mustDial(connector.NewProcess("mariadb", "shop"))
 }
+
+// Denied keys are served from memory for the grace time, shown as denied at
+// once, and dropped at its end.
+func TestAgentDenialGrace(t *testing.T) {
+	kms, h := newShop(t)
+	var ahead atomic.Int64 // the agent's clock
+	h.cfg.Now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	h.cfg.DenialGrace = time.Minute
+	h.start()
+	s := h.mustDial(connector.NewProcess("mariadb", "shop"))
+	awaitWatch(kms)
+	kms.setDisabled("orders", true)
+	awaitList(t, s, inState(connector.ListDenied))
+	getKey(t, s, 1, 3, "orders", 2)
+	ahead.Store(int64(2 * time.Minute))
+	if _, err := s.Get(testContext(t), connector.ServerKey{ID: 1, Version: 3}); !errors.Is(err, dek.ErrDenied) {
+		t.Errorf("after the grace time: %v", err)
+	}
+}

@@ -137,6 +137,7 @@ func (in *instance) deny(match func(dek.KeyringID) bool) {
 	if in.cfg.DenialGrace == 0 {
 		in.purgeDenied()
 	}
+	wake(in.kick) // the worker has a deadline to keep now
 }
 
 // purgeDenied wipes every denied key; in.mu is held.
@@ -203,6 +204,7 @@ func (in *instance) lost(err error) {
 	in.stale, in.since = true, in.cfg.Now()
 	in.log.Warn("key service unreachable; held keys stay in use", "instance", in.name, "endpoints", in.client.Endpoints(), "err", err)
 	in.publish()
+	wake(in.kick) // the worker has a deadline to keep now
 }
 
 // request asks the worker for a sync.

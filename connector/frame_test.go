@@ -118,7 +118,8 @@ func FuzzFrameStream(f *testing.F) {
 		if err == nil && len(body) > 65531 {
 			t.Fatalf("a body of %d bytes", len(body))
 		}
-		if err != nil && !errors.Is(err, dek.ErrInvalid) && !errors.Is(err, io.EOF) {
+		// A pipe, unlike a socket, refuses deadlines once its other end is closed.
+		if err != nil && !errors.Is(err, dek.ErrInvalid) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrClosedPipe) {
 			t.Fatalf("class of %v", err)
 		}
 	})
