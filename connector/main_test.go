@@ -150,8 +150,8 @@ func statusKiB(t testing.TB, pid int, field string) int {
 
 // agent/rss: 10,000 keys held, all asked for once.
 func TestAgentMemory(t *testing.T) {
-	if testing.Short() {
-		t.Skip("makes 10,000 keys")
+	if testing.Short() || raceDetector {
+		t.Skip("makes 10,000 keys; sizes mean nothing under the race detector")
 	}
 	const keyrings, versions = 100, 100
 	kms := newFakeKMS(t, newTestCA(t, "ca"))

@@ -1,0 +1,6 @@
+//go:build !race
+
+package connector_test
+
+// raceDetector: its shadow memory makes sizes meaningless.
+const raceDetector = false
