@@ -137,8 +137,10 @@ func (s *Service) start(ctx context.Context) error {
 		return err
 	}
 	s.watchdog.init(s.cfg.Clock.Now())
+	// One version that can't be finished now must not keep the others from being
+	// served: it stays PENDING, Status shows it, and the rounds go on.
 	if err := s.round(ctx, true); err != nil {
-		return fmt.Errorf("finish what was under way: %w", err)
+		s.cfg.Logger.Warn("upkeep at start", "error", err)
 	}
 	return nil
 }

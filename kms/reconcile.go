@@ -79,7 +79,7 @@ func (s *Service) round(ctx context.Context, start bool) error {
 	s.watchdog.mu.Lock()
 	s.watchdog.health = health
 	s.watchdog.mu.Unlock()
-	var errs []error
+	errs := []error{named(health, "token")}
 	if health == nil {
 		errs = append(errs, s.finishPending(ctx, start), s.compareObjects(ctx))
 	}
@@ -90,9 +90,6 @@ func (s *Service) round(ctx context.Context, start bool) error {
 	s.watchdog.mu.Lock()
 	s.watchdog.work = err
 	s.watchdog.mu.Unlock()
-	if start && errors.Is(err, dek.ErrUnavailable) {
-		return nil // PENDING stays PENDING; the rounds go on trying
-	}
 	return err
 }
 
