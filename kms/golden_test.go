@@ -52,12 +52,19 @@ func TestGolden(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		var tiny bytes.Buffer
+		one := map[string]Record{"a": {Path: "a", Value: []byte("1")}}
+		if err := encodeBackup(&tiny, goodHeader(), key, one, []byte(goldenCheckpoint)); err != nil {
+			t.Fatal(err)
+		}
 		h := goodHeader()
 		small := appendEntry(nil, entryRecord, "a", []byte("1"))
 		small = appendEntry(small, entryCheckpoint, "", []byte("c"))
 		small = appendEntry(small, entryEnd, "", []byte{0, 0, 0, 0, 0, 0, 0, 1})
 		for path, content := range map[string][]byte{
 			backup: b.Bytes(), record: v,
+			filepath.Join("testdata", "files", "good"):    tiny.Bytes(),
+			filepath.Join("testdata", "files", "cut"):     tiny.Bytes()[:tiny.Len()-9],
 			filepath.Join("testdata", "headers", "good"):  h.encode(),
 			filepath.Join("testdata", "headers", "short"): h.encode()[:30],
 			filepath.Join("testdata", "entries", "good"):  small,

@@ -247,7 +247,7 @@ func FuzzParseToken(f *testing.F) {
 }
 
 func FuzzReadBackup(f *testing.F) {
-	for _, s := range seeds(f, "backups") {
+	for _, s := range seeds(f, "files") {
 		f.Add(s)
 	}
 	key, err := dek.KeyFrom(bytes.Repeat([]byte{7}, 32))
