@@ -109,3 +109,43 @@ func BenchmarkOpenAndVerify(b *testing.B) {
 		b.ReportMetric(float64(n)/time.Since(start).Seconds(), "records/s")
 	})
 }
+
+// BenchmarkActs shows the CPU of an intent and its outcome with 64 callers who
+// wait for one token of 3,000 operations a second in between.
+func BenchmarkActs(b *testing.B) {
+	l := open(b, benchConfig(b))
+	defer closeLog(b, l)
+	token := make(chan chan struct{})
+	defer close(token)
+	for range 2 {
+		go func() {
+			for done := range token {
+				time.Sleep(600 * time.Microsecond)
+				close(done)
+			}
+		}()
+	}
+	before := cpuTime(b)
+	b.SetParallelism(32) // times GOMAXPROCS, 2 here
+	b.RunParallel(func(p *testing.PB) {
+		for i := 0; p.Next(); i++ {
+			e := event(i, kms.PhaseIntent)
+			seq := mustAppend(b, l, e)
+			done := make(chan struct{})
+			token <- done
+			<-done
+			e.Phase, e.Intent = kms.PhaseOutcome, seq
+			mustAppend(b, l, e)
+		}
+	})
+	b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/float64(b.N), "cpu-us/act")
+}
+
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}

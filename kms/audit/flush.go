@@ -29,8 +29,36 @@ func (l *Log) flusher() {
 }
 
 func (l *Log) drain() {
+	l.gather()
 	for b := l.swap(); b != nil; b = l.swap() {
 		l.flush(b)
+		l.gather()
+	}
+}
+
+// gatherTime bounds the wait for a group: little beside the wait for the disk
+// and the token of any caller who is one of many.
+const gatherTime = 2 * time.Millisecond
+
+// gather waits, where many acts are under way, for a quarter of them to
+// append: a flush costs CPU and wakes callers, and few large ones cost less
+// than many small ones. Who is alone does not wait.
+func (l *Log) gather() {
+	l.mu.Lock()
+	have, group := len(l.fill.ends), len(l.open)/4
+	if have == 0 || have >= group || l.stopped != nil {
+		l.mu.Unlock()
+		return
+	}
+	enough := make(chan struct{})
+	l.fill.group, l.fill.enough = group, enough
+	l.mu.Unlock()
+	timer := time.NewTimer(gatherTime)
+	defer timer.Stop()
+	select {
+	case <-enough:
+	case <-timer.C:
+	case <-l.quit:
 	}
 }
 

@@ -74,6 +74,8 @@ type batch struct {
 	done     chan struct{}
 	released bool // guarded by Log.mu
 	err      error
+	group    int           // if not 0, the records that close enough; guarded by Log.mu
+	enough   chan struct{} // what gather waits for
 }
 
 func newBatch() *batch { return &batch{done: make(chan struct{})} }
@@ -143,6 +145,9 @@ func (l *Log) take(e *kms.Event, body []byte) (uint64, *batch, error) {
 		case l.wake <- struct{}{}:
 		default:
 		}
+	}
+	if len(b.ends) == b.group {
+		close(b.enough)
 	}
 	return seq, b, nil
 }
