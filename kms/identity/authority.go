@@ -78,7 +78,7 @@ func (c *Config) check() error {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return checkNames(c.Names)
+	return CheckNames(c.Names)
 }
 
 // An Authority issues and verifies certificates. It may be used concurrently.

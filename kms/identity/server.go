@@ -195,8 +195,9 @@ func jitter(d time.Duration) time.Duration {
 	return d - time.Duration(n.Int64())
 }
 
-// checkNames wants at least one DNS name or IP address, no wildcard.
-func checkNames(names []string) error {
+// CheckNames reports whether names can be in a server's certificate: at least
+// one, each a DNS name or IP address, no wildcard. It wraps dek.ErrInvalid.
+func CheckNames(names []string) error {
 	if len(names) == 0 {
 		return fmt.Errorf("%w: identity: no server name: give the names and addresses that clients use", dek.ErrInvalid)
 	}
