@@ -9,7 +9,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
+
+	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/kms/identity"
 )
 
 // A Config is the service's configuration file: strict JSON, read once. Audit
@@ -23,7 +27,8 @@ type Config struct {
 	// Listen are host:port addresses of the gRPC door. Required.
 	Listen []string `json:"listen"`
 	// Names are the host names and IP addresses clients reach the service by;
-	// they go into the server's certificate. Empty: the hosts of Listen.
+	// they go into the server's certificate and into enrolment tokens. Empty: the
+	// hosts of Listen; required if one of these is every address ("0.0.0.0").
 	Names []string `json:"names,omitempty"`
 	// Token is the HSM. Exactly one of Token and SoftwareToken is set.
 	Token *TokenConfig `json:"token,omitempty"`
@@ -45,7 +50,8 @@ type Config struct {
 	MetricsListen string `json:"metrics_listen,omitempty"`
 	// EtcdEndpoints use an external etcd instead of the embedded member.
 	EtcdEndpoints []string `json:"etcd_endpoints,omitempty"`
-	// EtcdCA, EtcdCert and EtcdKey are PEM files for external endpoints.
+	// EtcdCA, EtcdCert and EtcdKey are PEM files for external endpoints; nobody
+	// else may read EtcdKey.
 	EtcdCA   string `json:"etcd_ca,omitempty"`
 	EtcdCert string `json:"etcd_cert,omitempty"`
 	EtcdKey  string `json:"etcd_key,omitempty"`
@@ -60,7 +66,8 @@ type TokenConfig struct {
 	// URI names the token (RFC 7512), for example "pkcs11:token=keyward".
 	URI string `json:"uri"`
 	// PINFile holds the user PIN; a regular file nobody else can read. With
-	// systemd use LoadCredential= and "$CREDENTIALS_DIRECTORY/NAME".
+	// systemd's LoadCredential= it is "$CREDENTIALS_DIRECTORY/NAME"; no other
+	// variable is looked at.
 	PINFile string `json:"pin_file"`
 	// Deadline bounds one call to the token; past it the module's process is
 	// killed and restarted. A duration such as "10s"; empty: 10s.
@@ -83,6 +90,15 @@ func loadConfig(name string) (*Config, error) {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	// It names the library that gets the PIN: who may write it owns the keys.
+	if st.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("%w: configuration %s can be written by others (mode %04o): chmod go-w %s",
+			dek.ErrInvalid, name, st.Mode().Perm(), name)
+	}
 	b, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s: %w", name, err)
@@ -121,19 +137,13 @@ func (c *Config) check() error {
 	}
 	for field, p := range map[string]string{"audit_dir": c.AuditDir, "backup_dir": c.BackupDir,
 		"control_socket": c.ControlSocket, "software_token": c.SoftwareToken,
-		"recovery_recipient_file": c.RecoveryRecipientFile} {
+		"recovery_recipient_file": c.RecoveryRecipientFile,
+		"etcd_ca":                 c.EtcdCA, "etcd_cert": c.EtcdCert, "etcd_key": c.EtcdKey} {
 		if p != "" && !filepath.IsAbs(p) {
 			bad(field, "give an absolute path")
 		}
 	}
-	if len(c.Listen) == 0 {
-		bad("listen", "give at least one host:port")
-	}
-	for _, l := range c.Listen {
-		if _, _, err := net.SplitHostPort(l); err != nil {
-			bad("listen", "%q is not host:port", l)
-		}
-	}
+	c.checkDoors(bad)
 	if c.MetricsListen != "" {
 		if h, _, err := net.SplitHostPort(c.MetricsListen); err != nil || !net.ParseIP(h).IsLoopback() {
 			bad("metrics_listen", "%q is not a loopback address and port", c.MetricsListen)
@@ -154,6 +164,46 @@ func (c *Config) check() error {
 	return errors.Join(errs...)
 }
 
+// checkDoors also refuses what would only show once the first certificate is
+// made, after the installation.
+func (c *Config) checkDoors(bad func(field, format string, args ...any)) {
+	if len(c.Listen) == 0 {
+		bad("listen", "give at least one host:port")
+	}
+	for _, l := range c.Listen {
+		host, port, err := net.SplitHostPort(l)
+		if err != nil || port == "" || port == "0" {
+			bad("listen", "%q is not host:port", l)
+			continue
+		}
+		if ip := net.ParseIP(host); len(c.Names) == 0 && (host == "" || ip != nil && ip.IsUnspecified()) {
+			bad("names", "listen %q is every address: say by which names clients reach this host", l)
+		}
+	}
+	if len(c.Names) > 0 {
+		if err := identity.CheckNames(c.Names); err != nil {
+			bad("names", "%v", err)
+		}
+	}
+}
+
+// credentials is where systemd puts what LoadCredential= names.
+const credentials = "$CREDENTIALS_DIRECTORY/"
+
+// pinFile is PINFile with systemd's directory in place.
+func (t *TokenConfig) pinFile() (string, error) {
+	name, ok := strings.CutPrefix(t.PINFile, credentials)
+	if !ok {
+		return t.PINFile, nil
+	}
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("%w: token.pin_file: %s: systemd has set no CREDENTIALS_DIRECTORY: add LoadCredential=%s:/path/of/the/pin to the unit",
+			dek.ErrInvalid, t.PINFile, name)
+	}
+	return filepath.Join(dir, name), nil
+}
+
 func (t *TokenConfig) check(bad func(field, format string, args ...any)) {
 	if !filepath.IsAbs(t.Module) {
 		bad("token.module", "give the absolute path of the PKCS#11 library")
@@ -161,8 +211,8 @@ func (t *TokenConfig) check(bad func(field, format string, args ...any)) {
 	if t.URI == "" {
 		bad("token.uri", "give an RFC 7512 URI, for example pkcs11:token=keyward")
 	}
-	if !filepath.IsAbs(t.PINFile) {
-		bad("token.pin_file", "give the absolute path of a file with the user PIN")
+	if name, ok := strings.CutPrefix(t.PINFile, credentials); !filepath.IsAbs(t.PINFile) && (!ok || name != filepath.Base(name) || name == "..") {
+		bad("token.pin_file", "give the absolute path of a file with the user PIN, or %sNAME", credentials)
 	}
 	if t.Deadline != "" {
 		if d, err := time.ParseDuration(t.Deadline); err != nil || d < 100*time.Millisecond || d > 5*time.Minute {

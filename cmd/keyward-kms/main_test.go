@@ -61,6 +61,17 @@ func TestConfig(t *testing.T) {
 		"relative backup":    {func(c map[string]any) { c["backup_dir"] = "backup" }, []string{"backup_dir"}},
 		"too many workers":   {func(c map[string]any) { c["token"].(map[string]any)["workers"] = 1000 }, []string{"token.workers"}},
 		"endpoint certainly": {func(c map[string]any) { c["names"] = []string{"kms.example"} }, nil},
+		"pin of systemd":     {func(c map[string]any) { c["token"].(map[string]any)["pin_file"] = "$CREDENTIALS_DIRECTORY/pin" }, nil},
+		"pin of another var": {func(c map[string]any) { c["token"].(map[string]any)["pin_file"] = "$HOME/pin" }, []string{"token.pin_file"}},
+		"pin outside of it":  {func(c map[string]any) { c["token"].(map[string]any)["pin_file"] = "$CREDENTIALS_DIRECTORY/../pin" }, []string{"token.pin_file"}},
+		"all addresses":      {func(c map[string]any) { c["listen"] = []string{":7443"} }, []string{"names"}},
+		"unspecified":        {func(c map[string]any) { c["listen"] = []string{"127.0.0.1:1", "[::]:7443"} }, []string{"names"}},
+		"all, with a name":   {func(c map[string]any) { c["listen"] = []string{"0.0.0.0:1"}; c["names"] = []string{"kms.example"} }, nil},
+		"port 0":             {func(c map[string]any) { c["listen"] = []string{"127.0.0.1:0"} }, []string{"listen"}},
+		"wildcard name":      {func(c map[string]any) { c["names"] = []string{"*.example"} }, []string{"names"}},
+		"relative etcd key": {func(c map[string]any) {
+			c["etcd_endpoints"], c["etcd_ca"], c["etcd_cert"], c["etcd_key"] = []string{"https://a:2379"}, "/ca", "/cert", "key"
+		}, []string{"etcd_key"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := map[string]any{"state_dir": "/var/lib/keyward-kms", "listen": []string{"127.0.0.1:7443"},
