@@ -247,8 +247,8 @@ func checkAcked(t *testing.T, dir string, acked [writers]int) {
 
 // TestManyChanges measures the start after 100,000 changes of state and a kill.
 func TestManyChanges(t *testing.T) {
-	if testing.Short() {
-		t.Skip("100,000 changes")
+	if testing.Short() || raceDetector {
+		t.Skip("measures time and memory of 100,000 changes")
 	}
 	dir := newDir(t)
 	cmd, out := child(t, "churn", dir, 100_000)
