@@ -96,7 +96,7 @@ writes the configuration. SIGTERM ends it; databases keep what they hold.`,
 		Example: `  keyward-agent --config /etc/keyward/agent.json
   keyward-agent --config /etc/keyward/agent.json --check`,
 		Version:       version,
-		Args:          cobra.NoArgs,
+		Args:          noArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -107,6 +107,14 @@ writes the configuration. SIGTERM ends it; databases keep what they hold.`,
 	cmd.Flags().StringVar(&config, "config", connector.DefaultAgentConfig, "configuration file")
 	cmd.Flags().BoolVar(&check, "check", false, "check the configuration and end")
 	return cmd
+}
+
+// noArgs is cobra.NoArgs with the exit status of wrong use.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%w: %s: unknown argument %q", errUsage, cmd.CommandPath(), args[0])
+	}
+	return nil
 }
 
 func serve(ctx context.Context, file string, check bool, stdout, stderr io.Writer) error {
