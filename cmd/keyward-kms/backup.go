@@ -24,7 +24,7 @@ func newBackup(s *streams) *cobra.Command {
 file with its whole state. Only the token, or m of n recovery shares, can open
 it. The file appears only when it is complete.`,
 		Example: "  keyward-kms backup --config /etc/keyward/kms.json -o /mnt/usb/keyward.backup",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("config", "output"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := loadConfig(config)

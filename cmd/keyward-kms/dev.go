@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 
@@ -22,7 +23,7 @@ func newDev(s *streams) *cobra.Command {
 one, and serves it on a loopback address until SIGTERM. The keys are files: it is
 for trying out and for tests, never for data you want to keep.`,
 		Example: "  keyward-kms dev --dir ~/keyward-dev\n  keyward enrol --token-file ~/keyward-dev/admin.token",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("dir"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return dev(cmd.Context(), s, dir, listen)
@@ -41,6 +42,9 @@ func dev(ctx context.Context, s *streams, dir, listen string) error {
 	strict := true
 	c := &Config{StateDir: filepath.Join(dir, "state"), SoftwareToken: filepath.Join(dir, "token"),
 		Listen: []string{listen}, BackupDir: filepath.Join(dir, "backup"), Strict: &strict}
+	if host, _, err := net.SplitHostPort(listen); err == nil && !net.ParseIP(host).IsLoopback() {
+		return fmt.Errorf("%w: --listen %s is not a loopback address: dev is for trying out", errUsage, listen)
+	}
 	if err := c.check(); err != nil {
 		return fmt.Errorf("%w: %w", errUsage, err)
 	}
@@ -50,9 +54,11 @@ func dev(ctx context.Context, s *streams, dir, listen string) error {
 	}
 	log := newLogger(s.err)
 	tokenFile := filepath.Join(dir, "admin.token")
-	_, err = os.Stat(filepath.Join(c.StateDir, devMark))
-	switch {
-	case errors.Is(err, os.ErrNotExist):
+	done, err := exists(filepath.Join(c.StateDir, devMark), tokenFile) // init writes the latter last
+	if err != nil {
+		return err
+	}
+	if !done {
 		report, err := initialise(ctx, c, defaultAdministrator, tokenFile, log)
 		if err != nil {
 			return err
@@ -63,8 +69,6 @@ func dev(ctx context.Context, s *streams, dir, listen string) error {
 		if err := writeJSON(filepath.Join(c.StateDir, devMark), true); err != nil {
 			return err
 		}
-	case err != nil:
-		return err
 	}
 	return serve(ctx, c, log, func() error {
 		_, err := fmt.Fprintf(s.out, "serving on %s\nfor trying out only: the keys are files in %s\nenrol: keyward enrol --token-file %s\n",
@@ -73,5 +77,18 @@ func dev(ctx context.Context, s *streams, dir, listen string) error {
 	})
 }
 
-// devMark says that the directory holds a whole installation.
+// devMark says that the directory holds a whole installation, also after the
+// token file was used and removed.
 const devMark = "initialised"
+
+// exists reports whether one of the files is there.
+func exists(names ...string) (bool, error) {
+	for _, n := range names {
+		if _, err := os.Stat(n); err == nil {
+			return true, nil
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return false, err
+		}
+	}
+	return false, nil
+}

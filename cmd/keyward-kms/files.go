@@ -34,6 +34,11 @@ func writeFile(name string, r io.Reader) error {
 	if err != nil {
 		return fileError("write", name, errors.Join(err, remove(f.Name())))
 	}
+	return syncDir(dir)
+}
+
+// syncDir makes the names in dir durable.
+func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fileError("sync", dir, err)
@@ -43,6 +48,19 @@ func writeFile(name string, r io.Reader) error {
 		err = cerr
 	}
 	return fileError("sync", dir, err)
+}
+
+// checkFree reports whether a file can be made at name: the place is free and
+// its directory takes files.
+func checkFree(name string) error {
+	if _, err := os.Lstat(name); err == nil {
+		return fmt.Errorf("%w: %s: choose another name or remove it", dek.ErrExists, name)
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), ".new-*")
+	if err != nil {
+		return fileError("write", name, err)
+	}
+	return fileError("write", name, errors.Join(f.Close(), os.Remove(f.Name())))
 }
 
 func remove(name string) error {
@@ -85,9 +103,13 @@ func readJSON(name string, v any) error {
 	return nil
 }
 
-// makeDir makes a private directory or checks that it is one.
+// makeDir makes a private directory or checks that it is one. Its own name is
+// on disk too: what is synced inside would be lost with it.
 func makeDir(field, name string) error {
 	if err := os.MkdirAll(name, 0o700); err != nil {
+		return fmt.Errorf("%w: %s: %w", dek.ErrInvalid, field, err)
+	}
+	if err := syncDir(filepath.Dir(name)); err != nil {
 		return fmt.Errorf("%s: %w", field, err)
 	}
 	fi, err := os.Stat(name)

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyward/keyward/connector"
+	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/kms"
 )
 
@@ -24,10 +25,14 @@ func newInit(s *streams) *cobra.Command {
 		Short: "Make a new installation in an initialised, empty token",
 		Long: `init makes the root, audit and CA keys in the token, the first state and the
 server's certificate, and writes the one-time token of the first administrator
-to a file that only you can read. It can be run again after an error. It never
-initialises a token: do that with your vendor's tool.`,
+to a file that only you can read. It never initialises a token: do that with your
+vendor's tool.
+
+It can be run again after an error, with one exception that it tells: if the
+installation was made and the token file could not be written, nobody can enrol.
+Empty state_dir and audit_dir then, nothing is lost by it.`,
 		Example: "  keyward-kms init --config /etc/keyward/kms.json --admin-token-file admin.token",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("config", "admin-token-file"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := loadConfig(config)
@@ -56,25 +61,32 @@ func initialise(ctx context.Context, c *Config, admin, tokenFile string, log *sl
 	if err != nil {
 		return nil, err
 	}
+	if err := checkFree(tokenFile); err != nil { // while nothing is made yet
+		return nil, fmt.Errorf("admin-token-file: %w", err)
+	}
 	p, err := openParts(ctx, c, log)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
-	if err := writePin(c, p.token); err != nil {
-		return nil, err
-	}
 	first, err := kms.Init(ctx, p.kmsConfig(nil), kms.InitRequest{Recipient: recipient, FirstAdministrator: admin})
+	if errors.Is(err, dek.ErrPrecondition) {
+		return nil, remedy{err, "serve it, or name an empty state_dir; if an init was cut short and nobody could enrol yet, " +
+			"empty " + c.StateDir + " and " + c.AuditDir + " and run init again"}
+	}
 	if err != nil {
 		return nil, err
 	}
 	fingerprint, err := firstCertificates(ctx, p)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = pinFirst(c, p.token)
 	}
-	err = writeTokenFile(tokenFile, c.endpoints(), fingerprint, first)
+	if err == nil {
+		err = writeTokenFile(tokenFile, c.endpoints(), fingerprint, first)
+	}
 	if err != nil {
-		return nil, err
+		return nil, remedy{err, "the administrator's token is lost and nobody can enrol: empty " + c.StateDir + " and " + c.AuditDir +
+			" and run init again; nothing is lost by it"}
 	}
 	report = []string{
 		"token:        " + p.token.Describe(),

@@ -75,9 +75,20 @@ type streams struct {
 	err io.Writer // everything for people
 }
 
-// hint names the way on for classes of errors that have one.
+// A remedy is an error whose way on is its own, not that of its class.
+type remedy struct {
+	error
+	way string
+}
+
+func (r remedy) Unwrap() error { return r.error }
+
+// hint names the way on for errors that have one.
 func hint(err error) string {
+	var r remedy
 	switch {
+	case errors.As(err, &r):
+		return r.way
 	case errors.Is(err, errUsage):
 		return "keyward-kms --help"
 	case errors.Is(err, dek.ErrCorrupt):
@@ -99,7 +110,7 @@ func newRoot(s *streams) *cobra.Command {
 		Example: `  keyward-kms dev --dir /tmp/keyward            # try it, nothing to install
   keyward-kms init --config /etc/keyward/kms.json --admin-token-file admin.token
   keyward-kms serve --config /etc/keyward/kms.json`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return fmt.Errorf("%w: name a command", errUsage)
 		},
@@ -107,6 +118,14 @@ func newRoot(s *streams) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	root.AddCommand(newInit(s), newServe(s), newDev(s), newBackup(s), newRestore(s), newCheck(s))
 	return root
+}
+
+// noArgs is cobra.NoArgs with the exit status of wrong use.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%w: %s: unknown argument %q", errUsage, cmd.CommandPath(), args[0])
+	}
+	return nil
 }
 
 // needFlags is the PreRunE of commands whose string flags must be given.
@@ -128,7 +147,7 @@ func newCheck(s *streams) *cobra.Command {
 		Use:     "check",
 		Short:   "Check a configuration file and touch nothing",
 		Example: "  keyward-kms check --config /etc/keyward/kms.json",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("config"),
 		RunE: func(*cobra.Command, []string) error {
 			if _, err := loadConfig(config); err != nil {

@@ -8,13 +8,13 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/keyward/keyward/cmd/internal/shares"
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/hsm"
 	"github.com/keyward/keyward/kms"
 	"github.com/keyward/keyward/kms/audit"
 )
@@ -45,7 +45,7 @@ A backup older than what the audit log has seen is refused; --accept-rollback
 goes on, lists what is missing and keeps disabled what was disabled since.`,
 		Example: `  keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup
   keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup --ask-shares`,
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("config", "backup"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			report, err := restore(cmd.Context(), s, o, newLogger(s.err))
@@ -77,25 +77,17 @@ func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (re
 		return report, fmt.Errorf("%w: backup: %w", dek.ErrInvalid, err)
 	}
 	defer f.Close()
-	opt := kms.RestoreOptions{AcceptRollback: o.acceptRollback, NewLog: o.newLog}
-	if o.newRecipient != "" {
-		b, err := os.ReadFile(o.newRecipient)
-		if err != nil {
-			return report, fmt.Errorf("%w: new-recipient-file: %w", dek.ErrInvalid, err)
-		}
-		opt.Recipient = string(b)
+	opt, err := o.options(s)
+	if err != nil {
+		return report, err
 	}
-	if o.askShares || len(o.shareFiles) > 0 {
-		if opt.Private, err = shares.Join(s.in, s.err, o.shareFiles); err != nil {
-			return report, fmt.Errorf("recovery shares: %w", err)
-		}
+	expect := hsm.Identity{}
+	if opt.Private != nil { // the shares stand in for the token: any may take over
 		defer opt.Private.Destroy()
-		// The shares stand in for the token, so that any token may take over.
-		if err := os.Remove(filepath.Join(c.StateDir, pinName)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return report, err
-		}
+	} else if expect, err = readPin(c); err != nil {
+		return report, err
 	}
-	p, err := openParts(ctx, c, log)
+	p, err := openPartsOn(ctx, c, expect, log)
 	if err != nil {
 		return report, err
 	}
@@ -105,6 +97,25 @@ func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (re
 		return report, err
 	}
 	return report, writePin(c, p.token)
+}
+
+// options reads the files and shares that the flags name; the caller destroys
+// Private.
+func (o *restoring) options(s *streams) (opt kms.RestoreOptions, err error) {
+	opt = kms.RestoreOptions{AcceptRollback: o.acceptRollback, NewLog: o.newLog}
+	if o.newRecipient != "" {
+		b, err := os.ReadFile(o.newRecipient)
+		if err != nil {
+			return opt, fmt.Errorf("%w: new-recipient-file: %w", dek.ErrInvalid, err)
+		}
+		opt.Recipient = string(b)
+	}
+	if o.askShares || len(o.shareFiles) > 0 {
+		if opt.Private, err = shares.Join(s.in, s.err, o.shareFiles); err != nil {
+			return opt, fmt.Errorf("recovery shares: %w", err)
+		}
+	}
+	return opt, nil
 }
 
 // openAfterRestore opens the audit log; a new one is linked to the one that
@@ -122,13 +133,16 @@ func printReport(w io.Writer, r kms.RestoreReport) {
 	if r.NewKeys > 0 {
 		fmt.Fprintf(w, "moved to a new token: %d new master key versions, %d data key versions wrapped again\n", r.NewKeys, r.Rewrapped)
 	}
-	for title, list := range map[string][]string{
-		"LOST, without a recovery copy": r.Lost,
-		"acts after the backup, gone":   r.Missing,
-		"kept disabled":                 r.KeptDisabled,
+	for _, part := range []struct {
+		title string
+		list  []string
+	}{
+		{"LOST, without a recovery copy", r.Lost},
+		{"acts after the backup, gone", r.Missing},
+		{"kept disabled", r.KeptDisabled},
 	} {
-		for _, item := range list {
-			fmt.Fprintf(w, "%s: %s\n", title, item)
+		for _, item := range part.list {
+			fmt.Fprintf(w, "%s: %s\n", part.title, item)
 		}
 	}
 	fmt.Fprintln(w, "now start it: keyward-kms serve")

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/kms"
 	"github.com/keyward/keyward/kms/identity"
 	"github.com/keyward/keyward/kms/rpc"
@@ -27,7 +28,7 @@ func newServe(s *streams) *cobra.Command {
 		Use:     "serve",
 		Short:   "Serve until SIGTERM",
 		Example: "  keyward-kms serve --config /etc/keyward/kms.json",
-		Args:    cobra.NoArgs,
+		Args:    noArgs,
 		PreRunE: needFlags("config"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := loadConfig(config)
@@ -59,24 +60,28 @@ func serve(ctx context.Context, c *Config, log *slog.Logger, ready func() error)
 		return err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	listeners, control, err := h.listen()
+	open, err := h.listen()
 	if err != nil {
 		return err
 	}
-	doors, ctx := errgroup.WithContext(ctx)
-	for _, l := range listeners {
-		doors.Go(func() error { return h.server.Serve(l) })
+	running, ctx := errgroup.WithContext(ctx)
+	for _, l := range open.network {
+		running.Go(func() error { return h.server.Serve(l) })
 	}
-	doors.Go(func() error { return h.server.ServeControl(control) })
-	doors.Go(func() error { h.authority.Run(ctx); return nil })
-	if c.MetricsListen != "" {
-		l, err := net.Listen("tcp", c.MetricsListen)
-		if err != nil {
-			return fmt.Errorf("metrics_listen: %w", err)
+	running.Go(func() error { return h.server.ServeControl(open.control) })
+	running.Go(func() error { h.authority.Run(ctx); return nil })
+	if open.metrics != nil {
+		running.Go(func() error { return rpc.ServeMetrics(ctx, open.metrics, h.metrics) })
+	}
+	running.Go(func() error { // an embedded store that can't go on ends the service
+		select {
+		case err := <-h.parts.fatal:
+			return err
+		case <-ctx.Done():
+			return nil
 		}
-		doors.Go(func() error { return rpc.ServeMetrics(ctx, l, h.metrics) })
-	}
-	doors.Go(func() error {
+	})
+	running.Go(func() error {
 		<-ctx.Done()
 		bound, stop := context.WithTimeout(context.WithoutCancel(ctx), drain)
 		defer stop()
@@ -86,9 +91,9 @@ func serve(ctx context.Context, c *Config, log *slog.Logger, ready func() error)
 	h.server.SetServing(true)
 	log.Info("serving", "addresses", c.Listen, "token", h.parts.token.Describe())
 	if ready != nil {
-		doors.Go(ready)
+		running.Go(ready)
 	}
-	return doors.Wait()
+	return running.Wait()
 }
 
 // openHouse opens everything but the doors.
@@ -104,7 +109,10 @@ func openHouse(ctx context.Context, c *Config, log *slog.Logger) (*house, error)
 	if h.service, err = kms.Open(ctx, cfg); err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
-	if err := h.openDoor(ctx); err != nil {
+	if err = pinFirst(c, p.token); err == nil {
+		err = h.openDoor(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(err, h.close())
 	}
 	return h, nil
@@ -147,24 +155,41 @@ func (h *house) problems() []kms.Problem {
 		Remedy: "look for \"certificate\" in the service's log; restart renews it too"}}
 }
 
-func (h *house) listen() ([]net.Listener, *net.UnixListener, error) {
-	control, err := rpc.ListenControl(h.parts.config.ControlSocket)
-	if err != nil {
-		return nil, nil, err
+// doors are what clients come in by.
+type doors struct {
+	control *net.UnixListener
+	network []net.Listener
+	metrics net.Listener // nil: none
+}
+
+// listen opens all doors or none.
+func (h *house) listen() (d *doors, err error) {
+	c := h.parts.config
+	d = new(doors)
+	if d.control, err = rpc.ListenControl(c.ControlSocket); err != nil {
+		return nil, err
 	}
-	var all []net.Listener
-	for _, addr := range h.parts.config.Listen {
+	for _, addr := range c.Listen {
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
-			errs := []error{fmt.Errorf("listen: %w", err), control.Close()}
-			for _, open := range all {
-				errs = append(errs, open.Close())
-			}
-			return nil, nil, errors.Join(errs...)
+			return nil, errors.Join(fmt.Errorf("%w: listen: %w", dek.ErrUnavailable, err), d.close())
 		}
-		all = append(all, l)
+		d.network = append(d.network, l)
 	}
-	return all, control, nil
+	if c.MetricsListen != "" {
+		if d.metrics, err = net.Listen("tcp", c.MetricsListen); err != nil {
+			return nil, errors.Join(fmt.Errorf("%w: metrics_listen: %w", dek.ErrUnavailable, err), d.close())
+		}
+	}
+	return d, nil
+}
+
+func (d *doors) close() error {
+	errs := []error{d.control.Close()}
+	for _, l := range d.network {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // close ends the service after its doors, then what it stands on.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -44,13 +45,18 @@ func (t token) Describe() string {
 	return text
 }
 
-// openToken opens the configured token. The token it finds the first time is
-// pinned in StateDir: another one in the slot is refused from then on.
-func openToken(ctx context.Context, c *Config, log *slog.Logger) (token, error) {
+// openToken opens the configured token, which must be the expected one; zero
+// expects none in particular.
+func openToken(ctx context.Context, c *Config, expect hsm.Identity, log *slog.Logger) (token, error) {
 	if c.SoftwareToken != "" {
 		s, err := hsm.OpenSoftware(c.SoftwareToken)
 		if err != nil {
 			return token{}, err
+		}
+		if id := s.Identity(); expect != (hsm.Identity{}) && id.Fingerprint != expect.Fingerprint {
+			err := fmt.Errorf("%w: open token in %s: this is another token (%s, not %s); put the right one back",
+				dek.ErrPrecondition, c.SoftwareToken, id.Serial, expect.Serial)
+			return token{}, errors.Join(err, s.Close())
 		}
 		return token{s}, nil
 	}
@@ -62,12 +68,12 @@ func openToken(ctx context.Context, c *Config, log *slog.Logger) (token, error) 
 		}
 		deadline = d
 	}
-	expect, err := readPin(c)
+	pinFile, err := c.Token.pinFile()
 	if err != nil {
 		return token{}, err
 	}
 	t, err := hsm.Open(ctx, hsm.Config{
-		Module: c.Token.Module, TokenURI: c.Token.URI, PINFile: os.ExpandEnv(c.Token.PINFile),
+		Module: c.Token.Module, TokenURI: c.Token.URI, PINFile: pinFile,
 		PINState: filepath.Join(c.StateDir, "pin-state"), Expect: expect,
 		Deadline: deadline, Workers: c.Token.Workers,
 		Child: []string{"/proc/self/exe", childArgument}, Logger: log,
@@ -78,14 +84,19 @@ func openToken(ctx context.Context, c *Config, log *slog.Logger) (token, error) 
 	return token{t}, nil
 }
 
-// pinName is the file in StateDir that names the token this service belongs to.
+// pinName is the file in StateDir that names the token this service belongs to:
+// another one in the slot is refused. It is written once the token has opened
+// the state, which only the right one can.
 const pinName = "token.json"
 
 func readPin(c *Config) (hsm.Identity, error) {
 	var id hsm.Identity
 	err := readJSON(filepath.Join(c.StateDir, pinName), &id)
-	if os.IsNotExist(err) {
+	if errors.Is(err, os.ErrNotExist) {
 		return hsm.Identity{}, nil
+	}
+	if err == nil && id.Fingerprint == "" {
+		err = fmt.Errorf("%w: %s names no token", dek.ErrCorrupt, pinName)
 	}
 	return id, err
 }
@@ -94,8 +105,19 @@ func writePin(c *Config, t token) error {
 	return writeJSON(filepath.Join(c.StateDir, pinName), t.Identity())
 }
 
+// pinFirst pins the token unless that is done.
+func pinFirst(c *Config, t token) error {
+	if id, err := readPin(c); err != nil || id != (hsm.Identity{}) {
+		return err
+	}
+	return writePin(c, t)
+}
+
 // A backupDir puts sealed backups into a directory, crash-safe.
 type backupDir struct{ dir string }
+
+// String is what status shows.
+func (b backupDir) String() string { return b.dir }
 
 // Put implements kms.BackupTarget: the file is complete and on disk, or absent.
 func (b backupDir) Put(_ context.Context, name string, r io.Reader) error {

@@ -10,9 +10,11 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/hsm"
 	"github.com/keyward/keyward/kms"
 	"github.com/keyward/keyward/kms/access"
 	"github.com/keyward/keyward/kms/audit"
@@ -31,13 +33,23 @@ type parts struct {
 	store   *etcdstore.Store
 	policy  *access.Policy
 	journal *audit.Log // after the service opened it
+	fatal   chan error // capacity 1: why the store can't go on
 	closers []io.Closer
 }
 
-// openParts opens token and store; the audit log is opened by the service,
-// which knows its key.
+// openParts opens the token that StateDir is pinned to, and the store; the
+// audit log is opened by the service, which knows its key.
 func openParts(ctx context.Context, c *Config, log *slog.Logger) (*parts, error) {
-	p := &parts{config: c, log: log}
+	expect, err := readPin(c)
+	if err != nil {
+		return nil, err
+	}
+	return openPartsOn(ctx, c, expect, log)
+}
+
+// openPartsOn is openParts on the expected token, zero for any.
+func openPartsOn(ctx context.Context, c *Config, expect hsm.Identity, log *slog.Logger) (*parts, error) {
+	p := &parts{config: c, log: log, fatal: make(chan error, 1)}
 	if err := makeDir("state_dir", c.StateDir); err != nil {
 		return nil, err
 	}
@@ -45,14 +57,15 @@ func openParts(ctx context.Context, c *Config, log *slog.Logger) (*parts, error)
 	if p.policy, err = access.New(); err != nil {
 		return nil, err
 	}
-	if p.token, err = openToken(ctx, c, log); err != nil {
+	if p.token, err = openToken(ctx, c, expect, log); err != nil {
 		return nil, err
 	}
 	p.closers = append(p.closers, p.token)
 	tlsConfig, err := etcdTLS(c)
 	if err == nil {
 		p.store, err = etcdstore.Open(ctx, etcdstore.Config{
-			Dir: c.StateDir + "/etcd", Endpoints: c.EtcdEndpoints, TLS: tlsConfig, Logger: log})
+			Dir: c.etcdDir(), Endpoints: c.EtcdEndpoints, TLS: tlsConfig, Logger: log,
+			OnFatal: func(err error) { p.fatal <- err }}) // called once at most
 	}
 	if err != nil {
 		return nil, errors.Join(err, p.Close())
@@ -91,6 +104,14 @@ func (p *parts) kmsConfig(link *audit.Link) kms.Config {
 	return cfg
 }
 
+// etcdDir is where the embedded store is; empty with external endpoints.
+func (c *Config) etcdDir() string {
+	if len(c.EtcdEndpoints) > 0 {
+		return ""
+	}
+	return filepath.Join(c.StateDir, "etcd")
+}
+
 // recipient reads the recovery recipient's text; empty if none is configured.
 func (c *Config) recipient() (string, error) {
 	if c.RecoveryRecipientFile == "" {
@@ -114,6 +135,14 @@ func etcdTLS(c *Config) (*tls.Config, error) {
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(ca) {
 		return nil, fmt.Errorf("%w: etcd_ca: %s holds no certificate", dek.ErrInvalid, c.EtcdCA)
+	}
+	st, err := os.Stat(c.EtcdKey)
+	if err != nil {
+		return nil, fmt.Errorf("%w: etcd_key: %w", dek.ErrInvalid, err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%w: etcd_key: %s can be read by others (mode %04o): chmod 600 %s",
+			dek.ErrInvalid, c.EtcdKey, st.Mode().Perm(), c.EtcdKey)
 	}
 	cert, err := tls.LoadX509KeyPair(c.EtcdCert, c.EtcdKey)
 	if err != nil {
