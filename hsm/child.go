@@ -43,8 +43,8 @@ func laneOf(op byte) int {
 }
 
 // laneWindow is how many requests the parent keeps in the child per worker:
-// enough that a worker never waits for the socket, few enough that a caller
-// who gives up costs no device time and the deadline is that of the device.
+// enough that a worker never waits for the socket, few enough that callers who
+// give up cost little device time.
 const laneWindow = 8
 
 func laneWorkers(lane, workers int) int {
@@ -135,8 +135,8 @@ type request struct {
 	store [maxRequest]byte
 }
 
-// maxRequest bounds request bodies: an RSA-4096 ciphertext, or a binding of two
-// names of 64 KiB is more than we accept: see Token.SealKey.
+// maxRequest bounds request bodies; the largest is that of opOpen: 16 bytes of
+// id, a place of maxPlace and a sealed key of maxSealed, each after its length.
 const maxRequest = 8192
 
 // start opens the sessions and starts the workers.
@@ -211,7 +211,8 @@ func (c *child) work(s *session, lane <-chan *request) {
 		}
 		batch := 1
 		if len(lane) > 0 { // busy: a short wait costs nobody anything
-			batch += min(int(c.patience/time.Since(begin)), cap(lane)/2) // the other half feeds the workers
+			took := max(time.Since(begin), 1)               // a coarse clock may show none
+			batch += min(int(c.patience/took), cap(lane)/2) // the other half feeds the workers
 		}
 		// An error means that the parent is gone; the reader sees it, too.
 		_ = c.w.post(q.seq, status, body, batch)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,7 +24,7 @@ type link struct {
 	cmd    *exec.Cmd
 	conn   *net.UnixConn
 	w      *frameWriter
-	lanes  [laneCount]chan struct{} // free places
+	lanes  [laneCount]chan struct{} // places taken in the child
 	id     Identity
 	caps   Capabilities
 	last   lastWords
@@ -34,13 +35,22 @@ type link struct {
 
 	mu    sync.Mutex
 	calls map[uint32]*call
+	queue [laneCount]workQueue
 	cause error // set before ended is closed
+}
+
+// A workQueue is what the parent knows of a lane in the child: as many calls
+// are with the device as it has workers, the rest stand behind them.
+type workQueue struct {
+	idle  int // workers without a call
+	calls []*call
 }
 
 // A call waits for one answer.
 type call struct {
 	op       byte
-	deadline time.Time
+	limit    time.Duration
+	deadline time.Time // zero while it stands behind others; under link.mu
 	done     chan struct{}
 
 	// Written by the reader before done is closed.
@@ -73,6 +83,7 @@ func startChild(ctx context.Context, c Config, expect Identity, limit time.Durat
 	l.cmd = exec.Command(c.Child[0], c.Child[1:]...)
 	l.cmd.Env = append(os.Environ(), c.Env...)
 	l.cmd.Stderr = &l.last
+	l.cmd.WaitDelay = time.Second // a module's own daemon may hold stderr open for ever
 	l.cmd.ExtraFiles = []*os.File{theirs}
 	err = l.cmd.Start()
 	theirs.Close() // now: with our copy open, a child's death would not show
@@ -83,6 +94,7 @@ func startChild(ctx context.Context, c Config, expect Identity, limit time.Durat
 	go func() {
 		_ = l.cmd.Wait() // ProcessState says how
 		close(l.exited)
+		_ = conn.CloseRead() // such a daemon may hold the socket, too: then no end of file tells
 	}()
 	if err := l.hello(ctx, c, expect, limit); err != nil {
 		l.close(time.Second)
@@ -121,7 +133,8 @@ func (l *link) hello(ctx context.Context, c Config, expect Identity, limit time.
 	}
 	l.conn.SetDeadline(time.Time{})
 	for lane := range l.lanes {
-		l.lanes[lane] = make(chan struct{}, laneWindow*laneWorkers(lane, c.Workers))
+		l.queue[lane].idle = laneWorkers(lane, c.Workers)
+		l.lanes[lane] = make(chan struct{}, laneWindow*l.queue[lane].idle)
 	}
 	l.readWG.Go(func() { l.read(r) })
 	l.readWG.Go(func() { l.watch(c.Deadline / 8) })
@@ -138,7 +151,10 @@ func (l *link) read(r *frameReader) {
 		}
 		l.mu.Lock()
 		c := l.calls[f.seq]
-		delete(l.calls, f.seq)
+		if c != nil {
+			delete(l.calls, f.seq)
+			l.queue[laneOf(c.op)].leave(time.Now())
+		}
 		l.mu.Unlock()
 		if c == nil {
 			l.end(fmt.Errorf("%w: token child answered a call that nobody made", dek.ErrUnavailable))
@@ -179,8 +195,30 @@ func (l *link) finish(c *call) {
 	}
 }
 
-// watch ends the link when a call is past its deadline. The clock of a call
-// starts when it enters the child, which holds a few per worker.
+// enter starts the clock of c if a worker is free for it. One that queues has
+// none: behind a slow but healthy device, or a key that is being made, waiting
+// is no sign of a hang. Link.mu is held.
+func (q *workQueue) enter(c *call, now time.Time) {
+	if q.idle == 0 {
+		q.calls = append(q.calls, c)
+		return
+	}
+	q.idle--
+	c.deadline = now.Add(c.limit)
+}
+
+// leave gives the worker of an answered call to the next one; link.mu is held.
+func (q *workQueue) leave(now time.Time) {
+	if len(q.calls) == 0 {
+		q.idle++
+		return
+	}
+	next := q.calls[0]
+	q.calls = slices.Delete(q.calls, 0, 1) // at most laneWindow per worker
+	next.deadline = now.Add(next.limit)
+}
+
+// watch ends the link when a call is past its deadline.
 func (l *link) watch(period time.Duration) {
 	tick := time.NewTicker(max(period, time.Millisecond))
 	defer tick.Stop()
@@ -203,7 +241,7 @@ func (l *link) overdue(now time.Time) byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, c := range l.calls {
-		if now.After(c.deadline) {
+		if !c.deadline.IsZero() && now.After(c.deadline) {
 			return c.op
 		}
 	}
@@ -220,7 +258,7 @@ func (l *link) do(ctx context.Context, op byte, limit time.Duration, body []byte
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: token busy: %w", dek.ErrUnavailable, context.Cause(ctx))
 	}
-	c := &call{op: op, deadline: time.Now().Add(limit), done: make(chan struct{})}
+	c := &call{op: op, limit: limit, done: make(chan struct{})}
 	seq := l.seq.Add(1)
 	l.mu.Lock()
 	if l.cause != nil {
@@ -228,6 +266,7 @@ func (l *link) do(ctx context.Context, op byte, limit time.Duration, body []byte
 		return nil, l.cause
 	}
 	l.calls[seq] = c
+	l.queue[laneOf(op)].enter(c, time.Now())
 	l.mu.Unlock()
 	runtime.Gosched() // answers come in groups: let the others queue their next calls, too
 	if err := l.w.send(seq, op, body); err != nil {

@@ -27,6 +27,8 @@ const (
 	Inits
 	HangGenerate
 	HangLogin
+	SlowGenerate // C_GenerateKeyPair and ...
+	SlowDecrypt  // ... C_Decrypt take so many milliseconds longer
 	shimWords
 )
 

@@ -34,6 +34,8 @@ enum {
 	INITS,
 	HANG_GENERATE,
 	HANG_LOGIN,
+	SLOW_GENERATE, /* C_GenerateKeyPair and ... */
+	SLOW_DECRYPT,  /* ... C_Decrypt take so many milliseconds longer */
 	WORDS
 };
 
@@ -91,6 +93,7 @@ static kw_ulong decrypt(kw_ulong session, kw_byte *in, kw_ulong n, kw_byte *out,
 {
 	uint32_t calls = __sync_add_and_fetch(&word[DECRYPTS], 1);
 
+	usleep(word[SLOW_DECRYPT] * 1000);
 	if (spend(HANG_COUNT))
 		hang();
 	if (spend(DIE_COUNT))
@@ -130,6 +133,7 @@ static kw_ulong generate_pair(kw_ulong session, struct kw_mechanism *mechanism, 
 {
 	if (spend(HANG_GENERATE))
 		hang();
+	usleep(word[SLOW_GENERATE] * 1000);
 	if ((word[HIDE] & 2) && mechanism->mechanism == 0x1040)
 		return 0x70;
 	return ((generate_pair_fn) real->C_GenerateKeyPair)(session, mechanism, a, n, b, m, pub, priv);
