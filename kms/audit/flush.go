@@ -113,6 +113,9 @@ func (l *Log) touch() {
 func (l *Log) hang(b *batch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if b.released { // it answered while the timer fired: nobody would undo what follows
+		return
+	}
 	err := fmt.Errorf("%w: audit: the disk has not answered for %v", dek.ErrUnavailable, l.cfg.Deadline)
 	b.release(err)
 	l.fill.release(err)

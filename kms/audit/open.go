@@ -89,6 +89,10 @@ func (l *Log) enter() error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("%w: audit: %w", dek.ErrInvalid, err)
 	}
+	// The name of the directory must be as durable as what is synced inside.
+	if err := syncDir(filepath.Dir(dir)); err != nil {
+		return diskError(err, dir)
+	}
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("%w: audit: %w", dek.ErrInvalid, err)
@@ -111,6 +115,14 @@ func (l *Log) enter() error {
 		return diskError(err, dir)
 	}
 	return nil
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // begin writes the first record and makes the first checkpoint.

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"io/fs"
 	"iter"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -46,6 +48,50 @@ func lines(ctx context.Context, dir fs.FS, segs []uint64, from uint64) iter.Seq2
 	}
 }
 
+// A place is the beginning of a record in a segment.
+type place struct {
+	off int64
+	seq uint64
+}
+
+// seekRecord finds a place at or a little before record from in a segment of
+// size bytes that begins with first: sequences ascend, so halves can be ruled
+// out. In a file that was tampered with it is some place that is not behind
+// what it says.
+func seekRecord(r io.ReaderAt, size int64, first, from uint64) place {
+	const near = 64 << 10 // closer than this, reading on is cheaper
+	buf := make([]byte, MaxRecord+64)
+	low, high := place{0, first}, size
+	for high-low.off > near {
+		middle := low.off + (high-low.off)/2
+		n, _ := r.ReadAt(buf, middle) // what can't be read is not the place
+		nl := bytes.IndexByte(buf[:n], '\n')
+		seq := uint64(0)
+		if nl >= 0 && buf[0] != 0 {
+			seq = sequenceOf(buf[nl+1 : n])
+		}
+		if seq <= low.seq || seq > from { // also the room made ahead, and its edge
+			high = middle
+			continue
+		}
+		low = place{middle + int64(nl) + 1, seq}
+	}
+	return low
+}
+
+// skipTo lets a reader of a segment begin at or before from.
+func skipTo(f fs.File, first, from uint64) (*scanner, place) {
+	at, isAt := f.(io.ReaderAt)
+	st, err := f.Stat()
+	if from <= first || !isAt || err != nil {
+		return newScanner(f), place{0, first}
+	}
+	p := seekRecord(at, st.Size(), first, from)
+	sc := newScanner(io.NewSectionReader(at, p.off, math.MaxInt64-p.off))
+	sc.off, sc.number = p.off, int(p.seq-first) // a record is a line
+	return sc, p
+}
+
 // segmentLines yields the records of one segment; next is where the following
 // one begins, 0 if there is none. It reports whether to go on.
 func segmentLines(ctx context.Context, dir fs.FS, first, next, from uint64, yield func(rawLine, error) bool) bool {
@@ -56,7 +102,8 @@ func segmentLines(ctx context.Context, dir fs.FS, first, next, from uint64, yiel
 		return false
 	}
 	defer f.Close()
-	sc := newScanner(f)
+	sc, begin := skipTo(f, first, from)
+	at.seq = begin.seq
 	for {
 		ok, err := sc.next()
 		if err == nil && at.row%1024 == 0 {
@@ -167,6 +214,47 @@ func (l *Log) Records(ctx context.Context, f Filter) iter.Seq2[Record, error] {
 		f.To = n
 	}
 	return Read(ctx, os.DirFS(l.cfg.Dir), f)
+}
+
+// lastWindow is how many records Last reads at first, and lastMost at a time.
+const (
+	lastWindow = 256
+	lastMost   = 1 << 14
+)
+
+// Last returns the newest n records on disk that f chooses, the oldest of them
+// first. It reads backwards and no further than it must, so that the newest
+// records cost the same whatever the length of the log. n must be positive.
+// Errors are those of Read.
+func (l *Log) Last(ctx context.Context, f Filter, n int) ([]Record, error) {
+	if n <= 0 {
+		return nil, fmt.Errorf("%w: audit: the newest %d records", dek.ErrInvalid, n)
+	}
+	segs, err := listFiles(os.DirFS(l.cfg.Dir), segmentSuffix)
+	if err != nil || len(segs) == 0 {
+		return nil, err
+	}
+	to := l.Size()
+	if f.To != 0 {
+		to = min(to, f.To)
+	}
+	from := max(f.From, segs[0], 1)
+	var parts [][]Record // the newest first
+	for window := uint64(lastWindow); n > 0 && to >= from; window = min(2*window, lastMost) {
+		f.To = to
+		f.From = max(from, to-min(to, window)+1)
+		var part []Record
+		for r, err := range l.Records(ctx, f) {
+			if err != nil {
+				return nil, err
+			}
+			part = append(part, r)
+		}
+		part = part[max(0, len(part)-n):]
+		parts, n, to = append(parts, part), n-len(part), f.From-1
+	}
+	slices.Reverse(parts)
+	return slices.Concat(parts...), nil
 }
 
 // EventsAfter implements kms.AuditTail. It reads the whole log.
