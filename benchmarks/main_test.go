@@ -140,10 +140,11 @@ func TestParsePages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got["ctr"].ours[0] != 500_000 || got["ctr"].builtin[0] != 200_000 || got["cbc"].builtin[0] != 100_000 {
+	if got["ctr"].ours.both[0] != 500_000 || got["ctr"].builtin.seal[0] != 500_000 || got["cbc"].builtin.both[0] != 100_000 {
 		t.Errorf("got %+v and %+v", *got["ctr"], *got["cbc"])
 	}
-	for name, bad := range map[string]string{"no lines": "", "a line short": good[:len(good)-22], "words": "ctr encrypt fast slow\n"} {
+	for name, bad := range map[string]string{"no lines": "", "a line short": good[:len(good)-22], "words": "ctr encrypt fast slow\n",
+		"wrong order": "ctr decrypt 1 1\nctr encrypt 1 1\ncbc encrypt 1 1\ncbc decrypt 1 1\n"} {
 		if _, err := parsePages([]byte(bad), 1); err == nil {
 			t.Errorf("%s: no error", name)
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -98,8 +97,11 @@ func (b *bench) transactions(ctx context.Context, d *database, load string) (sam
 	if err != nil {
 		return nil, err
 	}
-	seconds := b.span(oltpSpan).Seconds()
-	out, err := b.sysbench(ctx, d, load, "--time="+strconv.Itoa(int(math.Ceil(seconds))), "run")
+	length := []string{"--time=" + strconv.Itoa(int(oltpSpan.Seconds())), "run"}
+	if b.short {
+		length = []string{"--time=0", "--events=1000", "run"}
+	}
+	out, err := b.sysbench(ctx, d, load, length...)
 	if err != nil {
 		return nil, err
 	}

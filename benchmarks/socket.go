@@ -24,6 +24,8 @@ const (
 	// most 64 keyrings, so each of these is rolled often.
 	rssKeys  = 10_000
 	rssRings = 64
+	// rssSettle lies between the last roll and the measurement.
+	rssSettle = 10 * time.Second
 )
 
 // GET of the agent's protocol (connector/PROTOCOL.md): length, op 3, sequence,
@@ -299,6 +301,11 @@ func agentRSS(ctx context.Context, b *bench) (results []Result, err error) {
 	}
 	if err := r.growTo(ctx, s, rings, keys); err != nil {
 		return nil, err
+	}
+	select { // a collection and the return of pages to the system
+	case <-time.After(b.span(rssSettle)):
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 	full, err := memory(r.agent.pid(), "VmRSS")
 	if err != nil {

@@ -18,16 +18,12 @@ import (
 
 const softHSMModule = "/usr/lib/softhsm/libsofthsm2.so"
 
-// buildPrograms builds our programs as `make build` does and returns their
+// buildPrograms builds our programs as they are shipped and returns their
 // folder.
 func buildPrograms(root, dir string) (string, error) {
 	bin := filepath.Join(dir, "bin")
-	for pkg, cgo := range map[string]string{"keyward-kms": "1", "keyward-agent": "0"} {
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(bin, pkg), "./cmd/"+pkg)
-		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED="+cgo)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build %s: %w: %s", pkg, err, out)
-		}
+	if out, err := exec.Command("make", "-s", "-C", root, "go", "BIN="+bin).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("make go: %w: %s", err, out)
 	}
 	return bin, nil
 }
