@@ -19,14 +19,35 @@ const defaultRecords = 1000
 // A journal serves the audit log to the front door.
 type journal struct{ log *audit.Log }
 
-// Read implements rpc.AuditLog.
+// Read implements rpc.AuditLog: the newest records that match, the oldest of
+// them first, then, if asked to follow, every later one that matches until ctx
+// ends.
 func (j journal) Read(ctx context.Context, q rpc.AuditQuery, f func(seq uint64, line []byte) error) error {
 	filter := audit.Filter{From: q.From, Since: q.After, Till: q.Before, Principal: q.Principal,
 		Operation: kms.Operation(q.Operation), Object: q.Object}
-	next, err := j.newest(ctx, filter, q.Limit, f)
-	if err != nil || !q.Follow {
+	limit := q.Limit
+	if limit <= 0 {
+		limit = defaultRecords
+	}
+	filter.To = max(j.log.Size(), 1) // what comes later is for those who follow
+	newest, err := j.log.Last(ctx, filter, limit)
+	if err != nil {
 		return err
 	}
+	for _, r := range newest {
+		if err := f(r.Seq, r.Bytes); err != nil {
+			return err
+		}
+	}
+	if !q.Follow {
+		return nil
+	}
+	filter.From = max(q.From, filter.To+1)
+	return j.follow(ctx, filter, f)
+}
+
+// follow sends the records from filter.From on.
+func (j journal) follow(ctx context.Context, filter audit.Filter, f func(seq uint64, line []byte) error) error {
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
 	for {
@@ -35,11 +56,15 @@ func (j journal) Read(ctx context.Context, q rpc.AuditQuery, f func(seq uint64, 
 			return nil // the reader went away
 		case <-tick.C:
 		}
-		if j.log.Size() < next {
+		// The end is fixed before reading: what is appended meanwhile is for the
+		// next round.
+		if filter.To = j.log.Size(); filter.To < filter.From {
 			continue
 		}
-		filter.From = next
 		for r, err := range j.log.Records(ctx, filter) {
+			if ctx.Err() != nil {
+				return nil
+			}
 			if err != nil {
 				return err
 			}
@@ -47,37 +72,8 @@ func (j journal) Read(ctx context.Context, q rpc.AuditQuery, f func(seq uint64, 
 				return err
 			}
 		}
-		next = max(next, j.log.Size()+1)
+		filter.From = filter.To + 1
 	}
-}
-
-// newest sends the newest records that match, oldest of them first, and
-// returns the sequence to go on from.
-func (j journal) newest(ctx context.Context, filter audit.Filter, limit int, f func(uint64, []byte) error) (uint64, error) {
-	if limit <= 0 {
-		limit = defaultRecords
-	}
-	filter.To = j.log.Size()
-	ring := make([]audit.Record, 0, min(limit, defaultRecords))
-	at := 0
-	for r, err := range j.log.Records(ctx, filter) {
-		if err != nil {
-			return 0, err
-		}
-		if len(ring) < limit {
-			ring = append(ring, r)
-			continue
-		}
-		ring[at] = r
-		at = (at + 1) % limit
-	}
-	for i := range ring {
-		r := ring[(at+i)%len(ring)]
-		if err := f(r.Seq, r.Bytes); err != nil {
-			return 0, err
-		}
-	}
-	return filter.To + 1, nil
 }
 
 // Export implements rpc.AuditLog.
