@@ -66,7 +66,7 @@ func (s *Software) loadIdentity() error {
 	}
 	var key *ecdsa.PrivateKey
 	if len(ids) == 1 {
-		key, err = s.loadSigner(kindIdentity, ids[0])
+		key, err = s.readSigner(kindIdentity, ids[0])
 	} else {
 		var id dek.ObjectID
 		rand.Read(id[:])
@@ -130,13 +130,46 @@ func (s *Software) GeneratePair(ctx context.Context, id dek.ObjectID, bits int) 
 		return nil, fmt.Errorf("%w: encode key: %w", dek.ErrInvalid, err)
 	}
 	defer clear(der)
-	if err := s.files.write(kindMaster, id, der); err != nil {
+	if err := s.write(kindMaster, id, der); err != nil {
 		return nil, err
+	}
+	return &key.PublicKey, nil
+}
+
+// write makes an object's file; Close waits for it. Nothing is kept in memory:
+// the first use reads the file, under the lock that DestroyPair takes.
+func (s *Software) write(kind objectKind, id dek.ObjectID, plain []byte) error {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.closed {
+		return errClosed()
+	}
+	return s.files.write(kind, id, plain)
+}
+
+// load returns what kept has under id, or reads and keeps it. The lock is held
+// while the file is read, so that what is destroyed meanwhile is not kept.
+func load[T any](s *Software, kept map[dek.ObjectID]T, id dek.ObjectID, read func() (T, error)) (T, error) {
+	s.mu.RLock()
+	v, ok := kept[id]
+	s.mu.RUnlock()
+	if ok {
+		return v, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rsa[id] = key
-	return &key.PublicKey, nil
+	if v, ok := kept[id]; ok {
+		return v, nil
+	}
+	if s.closed {
+		var zero T
+		return zero, errClosed()
+	}
+	v, err := read()
+	if err == nil {
+		kept[id] = v
+	}
+	return v, err
 }
 
 // FindPair returns the public half of master key id after a self-test. It wraps
@@ -154,26 +187,19 @@ func (s *Software) FindPair(ctx context.Context, id dek.ObjectID) (*rsa.PublicKe
 
 // master returns the parsed master key id, from memory or from its file.
 func (s *Software) master(id dek.ObjectID) (*rsa.PrivateKey, error) {
-	s.mu.RLock()
-	key := s.rsa[id]
-	s.mu.RUnlock()
-	if key != nil {
+	return load(s, s.rsa, id, func() (*rsa.PrivateKey, error) {
+		der, err := s.files.read(kindMaster, id)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(der)
+		parsed, err := x509.ParsePKCS8PrivateKey(der) // validates the key, too
+		key, ok := parsed.(*rsa.PrivateKey)
+		if err != nil || !ok {
+			return nil, fmt.Errorf("%w: master key %x in the software token", dek.ErrCorrupt, id)
+		}
 		return key, nil
-	}
-	der, err := s.files.read(kindMaster, id)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(der)
-	parsed, err := x509.ParsePKCS8PrivateKey(der) // validates the key, too
-	key, ok := parsed.(*rsa.PrivateKey)
-	if err != nil || !ok {
-		return nil, fmt.Errorf("%w: master key %x in the software token", dek.ErrCorrupt, id)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.rsa[id] = key
-	return key, nil
+	})
 }
 
 // DestroyPair removes the object id, whatever Keyward kind it has, and returns
@@ -185,6 +211,9 @@ func (s *Software) DestroyPair(ctx context.Context, id dek.ObjectID) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return errClosed()
+	}
 	if err := s.files.remove(id); err != nil {
 		return err
 	}
@@ -256,29 +285,14 @@ func (s *Software) makeSigner(kind objectKind, id dek.ObjectID) (*ecdsa.PrivateK
 		return nil, fmt.Errorf("%w: encode key: %w", dek.ErrInvalid, err)
 	}
 	defer clear(der)
-	if err := s.files.write(kind, id, der); err != nil {
+	if err := s.write(kind, id, der); err != nil {
 		return nil, err
 	}
-	s.keepSigner(kind, id, key)
 	return key, nil
 }
 
-// keepSigner remembers signers only: the identity pair must not sign for callers.
-func (s *Software) keepSigner(kind objectKind, id dek.ObjectID, key *ecdsa.PrivateKey) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if kind == kindSigner {
-		s.signer[id] = key
-	}
-}
-
-func (s *Software) loadSigner(kind objectKind, id dek.ObjectID) (*ecdsa.PrivateKey, error) {
-	s.mu.RLock()
-	key := s.signer[id]
-	s.mu.RUnlock()
-	if key != nil {
-		return key, nil
-	}
+// readSigner parses the file of a signer or of the identity pair.
+func (s *Software) readSigner(kind objectKind, id dek.ObjectID) (*ecdsa.PrivateKey, error) {
 	der, err := s.files.read(kind, id)
 	if err != nil {
 		return nil, err
@@ -289,8 +303,12 @@ func (s *Software) loadSigner(kind objectKind, id dek.ObjectID) (*ecdsa.PrivateK
 	if err != nil || !ok {
 		return nil, fmt.Errorf("%w: signer %x in the software token", dek.ErrCorrupt, id)
 	}
-	s.keepSigner(kind, id, key)
 	return key, nil
+}
+
+// loadSigner returns signer id; the identity pair must not sign for callers.
+func (s *Software) loadSigner(id dek.ObjectID) (*ecdsa.PrivateKey, error) {
+	return load(s, s.signer, id, func() (*ecdsa.PrivateKey, error) { return s.readSigner(kindSigner, id) })
 }
 
 // SignerPublic returns the public half of signer id: *ecdsa.PublicKey, or on
@@ -299,7 +317,7 @@ func (s *Software) SignerPublic(ctx context.Context, id dek.ObjectID) (crypto.Pu
 	if err := s.ready(ctx); err != nil {
 		return nil, err
 	}
-	key, err := s.loadSigner(kindSigner, id)
+	key, err := s.loadSigner(id)
 	if err != nil {
 		return nil, err
 	}
@@ -315,7 +333,7 @@ func (s *Software) Sign(ctx context.Context, id dek.ObjectID, digest []byte) ([]
 	if err := s.ready(ctx); err != nil {
 		return nil, err
 	}
-	key, err := s.loadSigner(kindSigner, id)
+	key, err := s.loadSigner(id)
 	if err != nil {
 		return nil, err
 	}
@@ -341,32 +359,22 @@ func (s *Software) GenerateRoot(ctx context.Context, id dek.ObjectID) error {
 	if err != nil {
 		return err
 	}
-	if err := key.Use(func(b []byte) error { return s.files.write(kindRoot, id, b) }); err != nil {
-		key.Destroy()
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.root[id] = key
-	return nil
+	defer key.Destroy()
+	return key.Use(func(b []byte) error { return s.write(kindRoot, id, b) })
 }
 
 func (s *Software) loadRoot(id dek.ObjectID) (*dek.Key, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if key := s.root[id]; key != nil {
-		return key, nil
-	}
-	b, err := s.files.read(kindRoot, id)
-	if err != nil {
-		return nil, err
-	}
-	key, err := dek.KeyFrom(b)
-	if err != nil {
-		return nil, fmt.Errorf("%w: root %x in the software token", dek.ErrCorrupt, id)
-	}
-	s.root[id] = key
-	return key, nil
+	return load(s, s.root, id, func() (*dek.Key, error) {
+		b, err := s.files.read(kindRoot, id)
+		if err != nil {
+			return nil, err
+		}
+		key, err := dek.KeyFrom(b)
+		if errors.Is(err, dek.ErrInvalid) {
+			return nil, fmt.Errorf("%w: root %x in the software token", dek.ErrCorrupt, id)
+		}
+		return key, err
+	})
 }
 
 // SealKey seals k for the place b under root. The result is at most 2048 bytes.
@@ -382,7 +390,7 @@ func (s *Software) SealKey(ctx context.Context, root dek.ObjectID, b dek.Binding
 	var sealed []byte
 	err = k.Use(func(plain []byte) error {
 		sealed, err = key.Seal(b, plain)
-		return err
+		return closedUnderway(err)
 	})
 	if err != nil {
 		return nil, err
@@ -405,11 +413,23 @@ func (s *Software) OpenKey(ctx context.Context, root dek.ObjectID, b dek.Binding
 		return nil, errSealed()
 	}
 	plain, err := key.Open(b, payload)
+	if errors.Is(err, dek.ErrDestroyed) {
+		return nil, closedUnderway(err) // says nothing about what was sealed
+	}
 	if err != nil || len(plain) != dek.KeySize {
 		clear(plain)
 		return nil, errSealed()
 	}
 	return dek.KeyFrom(plain)
+}
+
+// closedUnderway turns the answer of a key of the token's own that Close or
+// DestroyPair has wiped meanwhile into one for callers.
+func closedUnderway(err error) error {
+	if errors.Is(err, dek.ErrDestroyed) {
+		return fmt.Errorf("%w: the key of the token was closed or destroyed meanwhile", dek.ErrUnavailable)
+	}
+	return err
 }
 
 // Health reports whether the directory is still there and ours.
@@ -420,7 +440,9 @@ func (s *Software) Health(ctx context.Context) error {
 	return s.files.check()
 }
 
-// Close wipes the roots and releases the directory. It may be called twice.
+// Close waits for files that are being written, wipes the roots and releases
+// the directory. Calls under way may fail, wrapping ErrUnavailable. It may be
+// called twice.
 func (s *Software) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -431,6 +453,8 @@ func (s *Software) Close() error {
 	for _, k := range s.root {
 		k.Destroy()
 	}
-	s.rsa, s.signer, s.root = nil, nil, nil
+	clear(s.rsa)
+	clear(s.signer)
+	clear(s.root)
 	return s.files.close()
 }

@@ -170,6 +170,9 @@ func (f *softwareFiles) read(kind objectKind, id dek.ObjectID) ([]byte, error) {
 		return nil, err
 	}
 	plain, err := f.key.Open(f.binding(kind, id), sealed)
+	if errors.Is(err, dek.ErrDestroyed) {
+		return nil, errClosed()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s is damaged or from another token", dek.ErrCorrupt, name)
 	}
@@ -189,7 +192,10 @@ func (f *softwareFiles) remove(id dek.ObjectID) error {
 			return fmt.Errorf("%w: %w", dek.ErrUnavailable, err)
 		}
 	}
-	return syncDir(f.dir)
+	if err := syncDir(f.dir); err != nil {
+		return fmt.Errorf("%w: %w", dek.ErrUnavailable, err)
+	}
+	return nil
 }
 
 // list returns the sorted ids of all objects of the kinds.
