@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/keyward/keyward/dek"
@@ -69,34 +70,61 @@ func (c Config) complete() (Config, error) {
 // checkModule refuses a library that someone else could replace: it runs with
 // the PIN in its hands.
 func checkModule(path string) error {
+	_, err := realModule(path)
+	return err
+}
+
+// realModule is checkModule, and returns the path without symbolic links: the
+// links may lie where others can turn them, so what is loaded is what was
+// checked.
+func realModule(path string) (string, error) {
 	if !filepath.IsAbs(path) {
-		return fmt.Errorf("%w: PKCS#11 module %q: give an absolute path", dek.ErrInvalid, path)
+		return "", fmt.Errorf("%w: PKCS#11 module %q: give an absolute path", dek.ErrInvalid, path)
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
+		return "", fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
 	}
 	st, err := os.Stat(real)
 	if err != nil {
-		return fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
+		return "", fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
 	}
 	if !st.Mode().IsRegular() {
-		return fmt.Errorf("%w: PKCS#11 module %s is not a regular file", dek.ErrPrecondition, real)
+		return "", fmt.Errorf("%w: PKCS#11 module %s is not a regular file", dek.ErrPrecondition, real)
 	}
 	if st.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%w: PKCS#11 module %s may be written by group or others: chmod go-w %s", dek.ErrPrecondition, real, real)
+		return "", fmt.Errorf("%w: PKCS#11 module %s may be written by group or others: chmod go-w %s", dek.ErrPrecondition, real, real)
+	}
+	if err := ownedByUs(real, st); err != nil {
+		return "", err
 	}
 	for dir := filepath.Dir(real); ; dir = filepath.Dir(dir) {
 		st, err := os.Stat(dir)
 		if err != nil {
-			return fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
+			return "", fmt.Errorf("%w: PKCS#11 module: %w", dek.ErrPrecondition, err)
 		}
 		// The sticky bit keeps others from replacing what is not theirs.
 		if st.Mode().Perm()&0o002 != 0 && st.Mode()&os.ModeSticky == 0 {
-			return fmt.Errorf("%w: PKCS#11 module %s lies below %s, which everyone may write", dek.ErrPrecondition, real, dir)
+			return "", fmt.Errorf("%w: PKCS#11 module %s lies below %s, which everyone may write", dek.ErrPrecondition, real, dir)
+		}
+		if err := ownedByUs(dir, st); err != nil {
+			return "", err
 		}
 		if dir == string(filepath.Separator) || !strings.HasPrefix(dir, string(filepath.Separator)) {
-			return nil
+			return real, nil
 		}
 	}
+}
+
+// ownedByUs refuses what belongs to neither root nor this process's user:
+// owners can write, whatever the mode says.
+func ownedByUs(path string, st os.FileInfo) error {
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		panic(fmt.Sprintf("hsm: internal error: file information is %T", st.Sys()))
+	}
+	if uid := int(sys.Uid); uid != 0 && uid != os.Geteuid() {
+		return fmt.Errorf("%w: PKCS#11 module: %s belongs to user %d: chown root %s", dek.ErrPrecondition, path, uid, path)
+	}
+	return nil
 }

@@ -67,7 +67,7 @@ func openDevice(ctx context.Context, h hello) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkModule(h.module); err != nil {
+	if h.module, err = realModule(h.module); err != nil {
 		return nil, err
 	}
 	d := &device{handles: map[handleKey]object{}, publics: map[handleKey]crypto.PublicKey{}}

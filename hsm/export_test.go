@@ -107,3 +107,13 @@ func LastWords(text string) string {
 	_, _ = io.WriteString(&w, text)
 	return w.String()
 }
+
+// FrameWriterLeftover queues two frames, the second too large for the buffer of
+// the first, and returns that buffer.
+func FrameWriterLeftover(first, second []byte) []byte {
+	w := &frameWriter{w: io.Discard}
+	_ = w.post(1, 0, first, 3)
+	old := w.buf
+	_ = w.post(2, 0, second, 3)
+	return old
+}

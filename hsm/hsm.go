@@ -33,9 +33,10 @@ import (
 
 // Config names a token and how to reach it. Check reports every mistake.
 type Config struct {
-	// Module is the absolute path of the PKCS#11 library. It must be a regular
-	// file that neither group nor others may write, and no directory above it may
-	// be open for all to write.
+	// Module is the absolute path of the PKCS#11 library. Links resolved, it must
+	// be a regular file that neither group nor others may write; no directory
+	// above it may be open for all to write; and all of them must belong to root
+	// or to the user of this process.
 	Module string
 	// TokenURI is an RFC 7512 URI that selects exactly one token, such as
 	// "pkcs11:token=keyward;serial=0a1b". Attributes: token, serial, model,

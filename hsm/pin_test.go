@@ -144,6 +144,37 @@ func TestBadConfig(t *testing.T) {
 	wantClass(t, "zero config", err, dek.ErrInvalid)
 }
 
+// The owner of a library can change it, whatever its mode: it must be root or
+// the service. A link is followed once, by the check.
+func TestModuleOfAnother(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to give a file away")
+	}
+	const nobody = 65534
+	dir := t.TempDir()
+	foreign := filepath.Join(dir, "foreign")
+	if err := os.Mkdir(foreign, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	file, inside := filepath.Join(dir, "file.so"), filepath.Join(foreign, "inside.so")
+	writeFile(t, file, "")
+	writeFile(t, inside, "")
+	for _, p := range []string{file, foreign} {
+		if err := os.Chown(p, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link := filepath.Join(dir, "link.so")
+	if err := os.Symlink(inside, link); err != nil {
+		t.Fatal(err)
+	}
+	cfg := hsmtest.SoftHSM(t, "owner")
+	for _, path := range []string{file, inside, link} {
+		cfg.Module = path
+		wantClass(t, path, cfg.Check(), dek.ErrPrecondition)
+	}
+}
+
 // systemd shows the access list's mask of a credential as group-readable.
 func TestSystemdCredential(t *testing.T) {
 	cfg := hsmtest.SoftHSM(t, "credential")

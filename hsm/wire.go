@@ -199,6 +199,9 @@ type frameWriter struct {
 	late    *time.Timer // flushes what post left, nil before the first
 }
 
+// minWriteBuffer is the first size of a writer's buffer, in bytes.
+const minWriteBuffer = 4 << 10
+
 // lateFlush bounds how long a posted frame waits for company.
 const lateFlush = 4 * time.Millisecond
 
@@ -217,6 +220,7 @@ func (w *frameWriter) post(seq uint32, code byte, body []byte, batch int) error 
 	if w.err != nil {
 		return w.err
 	}
+	w.grow(frameHeader + len(body))
 	w.buf = binary.BigEndian.AppendUint32(w.buf, uint32(frameHeader-4+len(body)))
 	w.buf = binary.BigEndian.AppendUint32(w.buf, seq)
 	w.buf = append(w.buf, code)
@@ -234,6 +238,17 @@ func (w *frameWriter) post(seq uint32, code byte, body []byte, batch int) error 
 		return nil
 	}
 	return w.write()
+}
+
+// grow makes room for n more bytes and wipes the buffer it leaves: frames carry
+// keys, and append would leave them on the heap. w.mu is held.
+func (w *frameWriter) grow(n int) {
+	if len(w.buf)+n <= cap(w.buf) {
+		return
+	}
+	old := w.buf
+	w.buf = append(make([]byte, 0, max(2*cap(old), len(old)+n, minWriteBuffer)), old...)
+	clear(old)
 }
 
 // flush writes what is queued. Its error shows in the next post.

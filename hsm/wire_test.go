@@ -97,6 +97,14 @@ func TestFrameReaderWipes(t *testing.T) {
 	}
 }
 
+// A buffer that became too small keeps no key either.
+func TestFrameWriterWipes(t *testing.T) {
+	secret := []byte("thirty-two bytes that are a key!")
+	if bytes.Contains(hsm.FrameWriterLeftover(secret, make([]byte, 100_000)), secret[:8]) {
+		t.Error("a key is left in the outgrown buffer")
+	}
+}
+
 func FuzzFrames(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 5, 0, 0, 0, 1, 6})
 	f.Add([]byte{0, 0, 0, 7, 0, 0, 0, 1, 6, 1, 2, 0, 0})
