@@ -111,19 +111,23 @@ func openDevice(ctx context.Context, h hello) (*device, error) {
 }
 
 // selectToken finds the one token that matches u. crypto11 took the first with
-// the same label or serial; if that is not the one, slots must be named.
+// the same slot, serial or label; if that may be another, the URI must say more.
 func (d *device) selectToken(u tokenURI) (pkcs11.TokenInfo, error) {
 	slots, err := d.p11.GetSlotList(true)
 	if err != nil {
 		return pkcs11.TokenInfo{}, classed("list slots", err)
 	}
 	var found []pkcs11.TokenInfo
+	twins := 0
 	for _, slot := range slots {
 		info, err := d.p11.GetTokenInfo(slot)
 		if err != nil {
 			continue // a slot of someone else
 		}
 		id := Identity{Label: trim(info.Label), Serial: trim(info.SerialNumber), Model: trim(info.Model), Manufacturer: trim(info.ManufacturerID)}
+		if u.firstFor(slot, id) {
+			twins++
+		}
 		if !u.matches(slot, id) {
 			continue
 		}
@@ -135,8 +139,8 @@ func (d *device) selectToken(u tokenURI) (pkcs11.TokenInfo, error) {
 	switch {
 	case len(found) == 0:
 		return pkcs11.TokenInfo{}, fmt.Errorf("%w: no token is %s", dek.ErrUnavailable, u)
-	case len(found) > 1:
-		return pkcs11.TokenInfo{}, fmt.Errorf("%w: %d tokens are %s: add serial= or slot-id= to the URI", dek.ErrPrecondition, len(found), u)
+	case len(found) > 1 || twins > 1:
+		return pkcs11.TokenInfo{}, fmt.Errorf("%w: %d tokens are %s: add serial= or slot-id= to the URI", dek.ErrPrecondition, max(len(found), twins), u)
 	}
 	info := found[0]
 	if info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {

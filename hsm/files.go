@@ -37,6 +37,19 @@ func writeDurable(dir, name string, b []byte) (err error) {
 	return syncDir(dir)
 }
 
+// overwrite replaces the content of a file without needing more of the disk, if
+// it had that size.
+func overwrite(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	if _, err = f.WriteAt(b, 0); err == nil {
+		err = errors.Join(f.Truncate(int64(len(b))), f.Sync())
+	}
+	return errors.Join(err, f.Close())
+}
+
 // syncDir makes renames and removals in dir durable.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)

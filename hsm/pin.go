@@ -42,6 +42,9 @@ func (d *device) login(s *session, h hello, info pkcs11.TokenInfo) error {
 	if refusedBefore(h.pinState, pin) {
 		return pinError(h.pinFile, "this PIN was refused before and is not tried again; write the right one into the file (or remove "+h.pinState+")")
 	}
+	if err := holdState(h.pinState); err != nil {
+		return err
+	}
 	err = d.raw.login(s.h, pin)
 	if rv, _ := rvOf(err); rv == pkcs11.CKR_USER_ALREADY_LOGGED_IN {
 		err = nil
@@ -97,6 +100,24 @@ func refusedBefore(state string, pin []byte) bool {
 	return err == nil && bytes.Equal(got, want)
 }
 
+// holdState makes the state file before the PIN is used, of the size and in the
+// place that it will have: a full or read-only disk must be found before the
+// attempt, or every restart would spend one more and lock the token. All zero,
+// it names no PIN.
+func holdState(state string) error {
+	if state == "" {
+		return nil
+	}
+	if _, err := os.Stat(state); err == nil {
+		return nil // an older refusal: its blocks will do
+	}
+	b := make([]byte, len(pinStateMagic)+pinSaltSize+pinHashSize)
+	if err := writeDurable(filepath.Dir(state), filepath.Base(state), b); err != nil {
+		return fmt.Errorf("%w: PIN state: no login without it: %w", dek.ErrPrecondition, err)
+	}
+	return nil
+}
+
 func rememberRefused(state string, pin []byte) error {
 	if state == "" {
 		return nil
@@ -108,7 +129,10 @@ func rememberRefused(state string, pin []byte) error {
 		return fmt.Errorf("%w: PIN state: %w", dek.ErrPrecondition, err)
 	}
 	b := append(append([]byte(pinStateMagic), salt...), sum...)
-	return writeDurable(filepath.Dir(state), filepath.Base(state), b)
+	if err := overwrite(state, b); err != nil {
+		return fmt.Errorf("%w: PIN state: %w", dek.ErrPrecondition, err)
+	}
+	return nil
 }
 
 func pinHash(pin, salt []byte) ([]byte, error) {

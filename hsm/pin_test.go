@@ -46,6 +46,22 @@ func TestWrongPINTriedOnce(t *testing.T) {
 	}
 }
 
+// Where a refusal can't be remembered, the PIN is not even tried: else each
+// restart would cost the token one attempt.
+func TestNoLoginWithoutState(t *testing.T) {
+	t.Parallel()
+	cfg, shim := hsmtest.Misbehave(t, hsmtest.SoftHSM(t, "nostate"))
+	cfg.PINState = filepath.Join(t.TempDir(), "absent", "pin.refused")
+	writeFile(t, cfg.PINFile, "wrong-pin")
+	for range 2 {
+		_, err := hsm.Open(t.Context(), cfg)
+		wantClass(t, "no place for the state", err, dek.ErrPrecondition)
+	}
+	if n := shim.Get(hsmtest.Logins); n != 0 {
+		t.Errorf("%d logins, want 0", n)
+	}
+}
+
 // The PIN is changed under a running service: one attempt, then the file is
 // watched, and a good PIN brings the token back without a restart.
 func TestPINChangesUnderway(t *testing.T) {

@@ -96,6 +96,18 @@ func (u tokenURI) String() string {
 	return strings.Join(parts, " ")
 }
 
+// firstFor reports whether crypto11, which looks at one attribute only, may take
+// the token in slot for the one: it opens the first such.
+func (u tokenURI) firstFor(slot uint, id Identity) bool {
+	switch {
+	case u.slot >= 0:
+		return uint(u.slot) == slot
+	case u.serial != "":
+		return u.serial == id.Serial
+	}
+	return u.label == id.Label
+}
+
 // matches reports whether the token in slot is the one.
 func (u tokenURI) matches(slot uint, id Identity) bool {
 	for _, f := range [][2]string{{u.label, id.Label}, {u.serial, id.Serial}, {u.model, id.Model}, {u.manufacturer, id.Manufacturer}} {
