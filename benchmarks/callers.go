@@ -52,16 +52,19 @@ func ownCPU() (time.Duration, error) {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
 }
 
-// totalCPU is that of this process and some others.
-func totalCPU(pids []int) (time.Duration, error) {
-	sum, err := ownCPU()
-	for _, pid := range pids {
-		if err != nil {
-			return 0, err
-		}
-		var t time.Duration
-		t, err = cpuTime(pid)
-		sum += t
+// cpuTimes are those of this process and some others, in us.
+func cpuTimes(pids []int) ([]float64, error) {
+	own, err := ownCPU()
+	if err != nil {
+		return nil, err
 	}
-	return sum, err
+	us := []float64{float64(own.Microseconds())}
+	for _, pid := range pids {
+		t, err := cpuTime(pid)
+		if err != nil {
+			return nil, err
+		}
+		us = append(us, float64(t.Microseconds()))
+	}
+	return us, nil
 }
