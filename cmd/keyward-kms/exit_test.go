@@ -8,6 +8,27 @@ import (
 	"testing"
 )
 
+// An exitCase is a command line and how it must end.
+type exitCase struct {
+	args string
+	want int
+	says string // on stderr; empty: nothing is there
+}
+
+func (c exitCase) run(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	got := run(t.Context(), strings.Fields(c.args), strings.NewReader(""), &stdout, &stderr)
+	if got != c.want || !strings.Contains(stderr.String(), c.says) || (c.says == "") != (stderr.Len() == 0) {
+		t.Errorf("got status %d and %q, want %d and %q", got, &stderr, c.want, c.says)
+	}
+	if (got == exitDone) != (stdout.Len() > 0) {
+		t.Errorf("status %d, stdout %q", got, &stdout)
+	}
+	if got == exitUsage && !strings.Contains(stderr.String(), "hint: keyward-kms --help") {
+		t.Errorf("no hint in %q", &stderr)
+	}
+}
+
 // TestExitStatus: 0 done, 1 failed, 2 wrong use; results alone on stdout.
 func TestExitStatus(t *testing.T) {
 	dir := t.TempDir()
@@ -25,11 +46,7 @@ func TestExitStatus(t *testing.T) {
 	if err := os.Chmod(open, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []struct {
-		args string
-		want int
-		says string // on stderr; empty: nothing is there
-	}{
+	for _, c := range []exitCase{
 		{"--help", exitDone, ""},
 		{"--version", exitDone, ""},
 		{"serve --help", exitDone, ""},
@@ -54,17 +71,7 @@ func TestExitStatus(t *testing.T) {
 		{"init --config " + good + " --admin-token-file " + dir + "/absent/t", exitFailed, "admin-token-file"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
-			var stdout, stderr bytes.Buffer
-			got := run(t.Context(), strings.Fields(c.args), strings.NewReader(""), &stdout, &stderr)
-			if got != c.want || !strings.Contains(stderr.String(), c.says) || (c.says == "") != (stderr.Len() == 0) {
-				t.Errorf("got status %d and %q, want %d and %q", got, &stderr, c.want, c.says)
-			}
-			if (got == exitDone) != (stdout.Len() > 0) {
-				t.Errorf("status %d, stdout %q", got, &stdout)
-			}
-			if got == exitUsage && !strings.Contains(stderr.String(), "hint: keyward-kms --help") {
-				t.Errorf("no hint in %q", &stderr)
-			}
+			c.run(t)
 		})
 	}
 	for _, name := range []string{"state", "token", "dev"} {

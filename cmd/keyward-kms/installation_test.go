@@ -70,7 +70,13 @@ func (in *installation) ctx() context.Context {
 
 func (in *installation) start() {
 	in.t.Helper()
-	in.program = startProgram(in.t, in.dir, in.env, "serve", "--config", in.config())
+	in.startWith("serve", "--config", in.config())
+}
+
+// startWith starts the program and waits until it listens.
+func (in *installation) startWith(args ...string) {
+	in.t.Helper()
+	in.program = startProgram(in.t, in.dir, in.env, args...)
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		c, err := net.Dial("tcp", in.addr)
