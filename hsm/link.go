@@ -50,7 +50,7 @@ type workQueue struct {
 type call struct {
 	op       byte
 	limit    time.Duration
-	deadline time.Time // zero while it stands behind others; under link.mu
+	deadline time.Time // zero until a worker of the child has it; under link.mu
 	done     chan struct{}
 
 	// Written by the reader before done is closed.
@@ -136,6 +136,7 @@ func (l *link) hello(ctx context.Context, c Config, expect Identity, limit time.
 		l.queue[lane].idle = laneWorkers(lane, c.Workers)
 		l.lanes[lane] = make(chan struct{}, laneWindow*l.queue[lane].idle)
 	}
+	l.w.order = l.queued
 	l.readWG.Go(func() { l.read(r) })
 	l.readWG.Go(func() { l.watch(c.Deadline / 8) })
 	return nil
@@ -192,6 +193,16 @@ func (l *link) finish(c *call) {
 	l.mu.Unlock()
 	if abandoned {
 		c.key.Destroy()
+	}
+}
+
+// queued puts a call into the queue of its lane, in the order of the wire, which
+// is the order in which the child's workers take them.
+func (l *link) queued(seq uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c := l.calls[seq]; c != nil {
+		l.queue[laneOf(c.op)].enter(c, time.Now())
 	}
 }
 
@@ -266,7 +277,6 @@ func (l *link) do(ctx context.Context, op byte, limit time.Duration, body []byte
 		return nil, l.cause
 	}
 	l.calls[seq] = c
-	l.queue[laneOf(op)].enter(c, time.Now())
 	l.mu.Unlock()
 	runtime.Gosched() // answers come in groups: let the others queue their next calls, too
 	if err := l.w.send(seq, op, body); err != nil {

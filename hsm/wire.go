@@ -188,7 +188,8 @@ func (f *frameReader) compact(n int) {
 // A frameWriter joins frames that are sent at the same moment into one write:
 // whoever finds nobody writing writes for all, until nothing is left.
 type frameWriter struct {
-	w io.Writer
+	w     io.Writer
+	order func(seq uint32) // told of each frame in the order of the wire, with mu held; may be nil
 
 	mu      sync.Mutex
 	writing bool
@@ -226,6 +227,9 @@ func (w *frameWriter) post(seq uint32, code byte, body []byte, batch int) error 
 	w.buf = append(w.buf, code)
 	w.buf = append(w.buf, body...)
 	w.frames++
+	if w.order != nil {
+		w.order(seq)
+	}
 	if w.writing {
 		return nil
 	}
