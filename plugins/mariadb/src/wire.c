@@ -9,6 +9,7 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -48,6 +49,31 @@ static enum kw_class ready(struct kw_conn *c, short events, uint64_t deadline, s
   }
 }
 
+/* May only that account put a socket at path? */
+static bool owns_directory(uid_t uid, const char *path) {
+  char dir[sizeof((struct sockaddr_un *)0)->sun_path];
+  struct stat st;
+  strcpy(dir, path); /* kw_conn_open has seen that it fits */
+  char *slash = strrchr(dir, '/');
+  if (slash)
+    slash[slash == dir] = 0;
+  return stat(slash ? dir : ".", &st) == 0 && st.st_uid == uid && !(st.st_mode & (S_IWGRP | S_IWOTH));
+}
+
+/* Who answers decides about the keys, so it must be root, the server's own
+   account or the one to which the socket's directory belongs alone. The kernel
+   says who called listen(2). */
+static enum kw_class check_peer(struct kw_conn *c, const char *path, struct kw_error *e) {
+  struct ucred peer;
+  socklen_t n = sizeof peer;
+  if (getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) != 0)
+    return drop(c, e, KW_TRANSPORT, strerror(errno));
+  if (peer.uid == 0 || peer.uid == geteuid() || owns_directory(peer.uid, path))
+    return KW_OK;
+  kw_conn_close(c);
+  return kw_fail(e, KW_PROTOCOL, "agent socket %s: answered by account %u, which is neither root nor this server's own nor the only one that may write to the socket's directory; it was asked nothing", path, (unsigned)peer.uid);
+}
+
 /* Connects. EAGAIN means that the agent's queue is full: not an outage, so it
    is tried again until the deadline. */
 enum kw_class kw_conn_open(struct kw_conn *c, const char *path, uint64_t deadline, struct kw_error *e) {
@@ -71,7 +97,7 @@ enum kw_class kw_conn_open(struct kw_conn *c, const char *path, uint64_t deadlin
       return drop(c, e, KW_CANCELLED, "the server is shutting down");
   }
   KW_COUNT(connects);
-  return KW_OK;
+  return check_peer(c, path, e);
 }
 
 static enum kw_class send_all(struct kw_conn *c, size_t n, uint64_t deadline, struct kw_error *e) {
