@@ -12,7 +12,22 @@ import (
 	"github.com/keyward/keyward/hsm/hsmtest"
 )
 
-func TestMain(m *testing.M) { hsmtest.Main(m) }
+// Tests here mostly wait: for deadlines, back-off and other processes.
+const parallel = "4"
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if !hsmtest.IsChild() {
+		chosen := false
+		flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
+		if !chosen {
+			if err := flag.Set("test.parallel", parallel); err != nil {
+				panic(err)
+			}
+		}
+	}
+	hsmtest.Main(m)
+}
 
 var update = flag.Bool("update", false, "rewrite golden files")
 
@@ -68,6 +83,41 @@ func TestPoorTokenContract(t *testing.T) {
 	cfg, shim := hsmtest.Misbehave(t, hsmtest.SoftHSM(t, "poor"))
 	shim.Set(hsmtest.Hide, 3)
 	hsmtest.Run(t, func(t *testing.T) hsmtest.Token { return opened(t, "poor", hsmtest.Open(t, cfg)) })
+}
+
+// The sizes of master keys that the contract leaves out, because they take long,
+// are made, found and used.
+func TestMasterKeySizes(t *testing.T) {
+	t.Parallel()
+	soft, err := hsm.OpenSoftware(filepath.Join(t.TempDir(), "token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer soft.Close()
+	for _, tt := range []struct {
+		name string
+		tok  hsmtest.Token
+		bits int
+	}{
+		{"software", soft, 3072},
+		{"softhsm2", hsmtest.Open(t, hsmtest.SoftHSM(t, "sizes")), 4096},
+	} {
+		id := hsmtest.NewID()
+		pub, err := tt.tok.GeneratePair(t.Context(), id, tt.bits)
+		if err != nil || pub.N.BitLen() != tt.bits {
+			t.Fatalf("%s RSA-%d: %v", tt.name, tt.bits, err)
+		}
+		found, err := tt.tok.FindPair(t.Context(), id)
+		if err != nil || !found.Equal(pub) {
+			t.Errorf("%s RSA-%d: find: %v", tt.name, tt.bits, err)
+		}
+		h := tt.tok.Capabilities().PreferredOAEP()
+		k, err := tt.tok.DecryptKey(t.Context(), id, h, hsmtest.Encrypt(t, pub, h, make([]byte, 32)))
+		if err != nil {
+			t.Errorf("%s RSA-%d: decrypt: %v", tt.name, tt.bits, err)
+		}
+		k.Destroy()
+	}
 }
 
 // The shim is built from a copy of the header, because embedding can't reach

@@ -72,7 +72,7 @@ func TestPINChangesUnderway(t *testing.T) {
 	f.shim.Set(hsmtest.DieCount, 1)
 	wantClass(t, "crash", f.decrypt(t), dek.ErrUnavailable)
 	begin := time.Now()
-	for time.Since(begin) < 2500*time.Millisecond {
+	for time.Since(begin) < 1500*time.Millisecond {
 		wantClass(t, "wrong PIN", f.decrypt(t), dek.ErrPrecondition)
 	}
 	if n := f.shim.Get(hsmtest.Logins) - logins; n != 1 {
