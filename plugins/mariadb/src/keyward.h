@@ -171,7 +171,7 @@ void kw_session_close(void);
 
 /* Fetches one version on the second connection; returns within the timeout. */
 enum kw_class kw_session_fetch(uint32_t id, uint32_t version, struct kw_error *e);
-/* A refresh now, by the caller; returns within a few timeouts. */
+/* A refresh now, by the caller; returns within four timeouts. */
 enum kw_class kw_session_refresh(struct kw_error *e);
 
 struct kw_session_status {

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <my_global.h>
 #include <typelib.h>
 #include <mysql/plugin_encryption.h>
@@ -83,15 +84,14 @@ void kw_tell_client(const struct kw_error *e) {
 
 /* ---- key functions ------------------------------------------------------------------ */
 
-/* An id the agent has not listed: asks it, at most once a second, and only
-   while the refresher is cut off; otherwise the list is current anyway. */
+/* Of an id never listed. A backup has no refresher and asks the agent itself,
+   at most once a second; a server never waits here, whatever locks it holds:
+   its refresher learns of a new id by itself. */
 static uint32_t unknown_id(uint32_t id) {
   static _Atomic uint64_t next;
-  struct kw_session_status st;
   struct kw_error e;
   uint64_t now = kw_now_ms(), due = atomic_load(&next);
-  kw_session_status(&st);
-  if (!st.connected && now >= due && atomic_compare_exchange_strong(&next, &due, now + UNKNOWN_RETRY_MS))
+  if (in_backup() && now >= due && atomic_compare_exchange_strong(&next, &due, now + UNKNOWN_RETRY_MS))
     kw_session_refresh(&e);
   uint32_t v = kw_table_latest(id);
   return v ? v : ENCRYPTION_KEY_VERSION_INVALID;
@@ -115,6 +115,7 @@ static void log_failure(uint32_t id, uint32_t version, const struct kw_error *e)
    decryption as a reason to abort (storage/innobase/fil/fil0crypt.cc). */
 static unsigned int get_key(unsigned int id, unsigned int version, unsigned char *key, unsigned int *length) {
   struct kw_error e;
+  e.text[0] = 0;
   KW_COUNT(key_requests);
   if (version == ENCRYPTION_KEY_NOT_ENCRYPTED || version == ENCRYPTION_KEY_VERSION_INVALID)
     return ENCRYPTION_KEY_VERSION_INVALID;
@@ -176,11 +177,28 @@ static void update_enum(MYSQL_THD thd __attribute__((unused)), struct st_mysql_s
   apply_settings();
 }
 
-static void update_refresh(MYSQL_THD thd __attribute__((unused)), struct st_mysql_sys_var *v __attribute__((unused)), void *to __attribute__((unused)), const void *from) {
+/* Asks the agent while the value is checked: the server updates a variable
+   under a lock that new connections need, too. */
+static int check_refresh(MYSQL_THD thd __attribute__((unused)), struct st_mysql_sys_var *v __attribute__((unused)), void *save, struct st_mysql_value *value) {
   struct kw_error e;
-  if (*(const char *)from && kw_session_refresh(&e))
-    kw_tell_client(&e);
+  long long on = 0;
+  char text[8];
+  int size = sizeof text;
+  *(char *)save = 0;
+  if (value->value_type(value) == MYSQL_VALUE_TYPE_STRING) {
+    const char *s = value->val_str(value, text, &size);
+    on = s && (strcasecmp(s, "ON") == 0 || strcasecmp(s, "TRUE") == 0);
+    if (!s || (!on && strcasecmp(s, "OFF") != 0 && strcasecmp(s, "FALSE") != 0))
+      return 1;
+  } else if (value->val_int(value, &on) || on < 0 || on > 1)
+    return 1;
+  if (on == 0 || kw_session_refresh(&e) == KW_OK)
+    return 0;
+  kw_tell_client(&e);
+  return 1;
 }
+
+static void update_refresh(MYSQL_THD thd __attribute__((unused)), struct st_mysql_sys_var *v __attribute__((unused)), void *to __attribute__((unused)), const void *from __attribute__((unused))) {}
 
 static MYSQL_SYSVAR_STR(socket, var.socket, PLUGIN_VAR_RQCMDARG | PLUGIN_VAR_READONLY, "Path of the Keyward agent's socket", NULL, NULL, DEFAULT_SOCKET);
 static MYSQL_SYSVAR_STR(instance, var.instance, PLUGIN_VAR_RQCMDARG | PLUGIN_VAR_READONLY, "Name under which this server is registered; empty: the one that belongs to the server's account", NULL, NULL, "");
@@ -190,7 +208,7 @@ static MYSQL_SYSVAR_ENUM(cipher, var.cipher, PLUGIN_VAR_RQCMDARG | PLUGIN_VAR_RE
 static MYSQL_SYSVAR_ENUM(on_revoke, var.on_revoke, PLUGIN_VAR_RQCMDARG, "When the KMS denies access to a key in use: keep (go on with the keys held) or shutdown (cleanly, after keyward_revoke_grace)", NULL, update_enum, KW_KEEP, &on_revokes);
 static MYSQL_SYSVAR_DOUBLE(revoke_grace, var.revoke_grace, PLUGIN_VAR_RQCMDARG, "Seconds between a denial and the shutdown that keyward_on_revoke=shutdown asks for", NULL, update_double, 0, 0, 2592000, 0);
 static MYSQL_SYSVAR_BOOL(require_old_keys, var.require_old_keys, PLUGIN_VAR_OPCMDARG | PLUGIN_VAR_READONLY, "Refuse to start without an old key version that the KMS refuses; OFF if nothing is encrypted with it any more", NULL, NULL, 1);
-static MYSQL_SYSVAR_BOOL(refresh, var.refresh, PLUGIN_VAR_OPCMDARG, "SET GLOBAL keyward_refresh=1 asks the agent for changes now; always reads OFF", NULL, update_refresh, 0);
+static MYSQL_SYSVAR_BOOL(refresh, var.refresh, PLUGIN_VAR_OPCMDARG, "SET GLOBAL keyward_refresh=1 asks the agent for changes now; always reads OFF", check_refresh, update_refresh, 0);
 
 static struct st_mysql_sys_var *system_variables[] = {
     MYSQL_SYSVAR(socket),   MYSQL_SYSVAR(instance),     MYSQL_SYSVAR(timeout), MYSQL_SYSVAR(start_timeout), MYSQL_SYSVAR(cipher),

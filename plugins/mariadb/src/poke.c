@@ -40,7 +40,8 @@ static bool read_encryption_status(void) {
   MYSQL *m = mysql_init(NULL);
   if (!m)
     return false;
-  bool ok = mysql_real_connect_local(m) != NULL && mysql_real_query(m, q, sizeof q - 1) == 0;
+  /* asked once more: from here on a shutdown waits for this session's end */
+  bool ok = mysql_real_connect_local(m) != NULL && server_is_up() && mysql_real_query(m, q, sizeof q - 1) == 0;
   MYSQL_RES *res = ok ? mysql_store_result(m) : NULL;
   if (res)
     mysql_free_result(res);

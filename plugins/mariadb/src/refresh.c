@@ -29,6 +29,8 @@
 #define COLD_HELLO_MS 8000
 #define PACE_MS 20          /* between two refreshes, at least */
 #define MISS_RETRY_MS 25    /* between two attempts at a missing key */
+#define FORCED_TIMEOUTS 2   /* a refresh that a client waits for begins nothing later */
+#define QUIET_MS 10000      /* between two lines about a lost agent */
 
 /* Of the server; absent where the plugin is loaded by something else. */
 extern char my_thread_init(void) __attribute__((weak));
@@ -42,6 +44,8 @@ static struct {
   _Atomic uint64_t round;
   pthread_t thread;
   bool running;
+  bool loss_told;            /* the refresher's alone */
+  pthread_mutex_t list_mu;   /* a LIST and its noting: older news must not come last */
   struct kw_conn background; /* the refresher's, before it the starter's */
   pthread_mutex_t miss_mu;   /* guards miss */
   struct kw_conn miss;
@@ -52,6 +56,7 @@ static struct {
   uint32_t refresh_ms;
   char instance[256], endpoints[512], last_error[1024];
 } s = {.wake = -1,
+       .list_mu = PTHREAD_MUTEX_INITIALIZER,
        .miss_mu = PTHREAD_MUTEX_INITIALIZER,
        .mu = PTHREAD_MUTEX_INITIALIZER,
        .background = {.fd = -1},
@@ -61,6 +66,20 @@ static uint64_t timeout_ms(void) { return atomic_load(&kw_settings.timeout_ms); 
 
 /* When the answer to a question asked now is late. */
 static uint64_t soon(void) { return kw_now_ms() + timeout_ms(); }
+
+/* The same, but not after limit. */
+static uint64_t soon_by(uint64_t limit) {
+  uint64_t t = soon();
+  return t < limit ? t : limit;
+}
+
+static bool take(pthread_mutex_t *mu, uint64_t deadline, struct kw_error *e) {
+  struct timespec t = {(time_t)(deadline / 1000), (long)(deadline % 1000) * 1000000};
+  if (pthread_mutex_clocklock(mu, CLOCK_MONOTONIC, &t) == 0)
+    return true;
+  kw_fail(e, KW_TIMEOUT, "agent socket %s: busy for longer than keyward_timeout", kw_settings.socket_path);
+  return false;
+}
 
 /* ---- status -------------------------------------------------------------- */
 
@@ -131,10 +150,11 @@ static enum kw_class open_session(struct kw_conn *c, uint64_t deadline, struct k
   return rc;
 }
 
-static enum kw_class list(struct kw_conn *c, uint64_t *generation, struct kw_error *e) {
+/* list_mu is held. */
+static enum kw_class list_locked(struct kw_conn *c, uint64_t deadline, uint64_t *generation, struct kw_error *e) {
   struct kw_list l;
   struct kw_list_entry entry;
-  enum kw_class rc = kw_call_list(c, soon(), &l, e);
+  enum kw_class rc = kw_call_list(c, deadline, &l, e);
   if (rc)
     return rc;
   uint64_t round = atomic_fetch_add(&s.round, 1) + 1;
@@ -147,6 +167,14 @@ static enum kw_class list(struct kw_conn *c, uint64_t *generation, struct kw_err
       kw_log(KW_ERROR, "key id %u: no memory, or too many key ids", entry.id);
   kw_table_unlisted(round);
   return KW_OK;
+}
+
+static enum kw_class list(struct kw_conn *c, uint64_t limit, uint64_t *generation, struct kw_error *e) {
+  if (!take(&s.list_mu, soon_by(limit), e))
+    return e->class;
+  enum kw_class rc = list_locked(c, soon_by(limit), generation, e);
+  pthread_mutex_unlock(&s.list_mu);
+  return rc;
 }
 
 /* Gets one key into locked memory and into the table. */
@@ -174,7 +202,7 @@ static bool start_without(const struct kw_want *w, enum kw_class rc, const struc
 
 /* Gets what is listed and not held, newest versions first. A version that the
    agent refuses does not stop the others, except at a cold start. */
-static enum kw_class get_wanted(struct kw_conn *c, bool *rolled, struct kw_error *e) {
+static enum kw_class get_wanted(struct kw_conn *c, uint64_t limit, bool *rolled, struct kw_error *e) {
   bool cold = !atomic_load(&s.warm);
   struct kw_want *w = calloc(MAX_WANTS, sizeof *w);
   if (!w)
@@ -182,6 +210,10 @@ static enum kw_class get_wanted(struct kw_conn *c, bool *rolled, struct kw_error
   size_t n = kw_table_wanted(w, MAX_WANTS, cold);
   enum kw_class rc = KW_OK;
   for (size_t i = 0; i < n && !rc; i++) {
+    if (kw_now_ms() >= limit) {
+      rc = kw_fail(e, KW_TIMEOUT, "agent socket %s: %zu keys are still to come, the server asks for them in the background", kw_settings.socket_path, n - i);
+      break;
+    }
     rc = get(c, &w[i], soon(), rolled, e);
     if (from_agent(rc) && (!cold || start_without(&w[i], rc, e)))
       rc = KW_OK;
@@ -191,7 +223,7 @@ static enum kw_class get_wanted(struct kw_conn *c, bool *rolled, struct kw_error
 }
 
 static enum kw_class report(struct kw_conn *c, struct kw_error *e) {
-  static _Thread_local struct kw_use u[MAX_USES];
+  static struct kw_use u[MAX_USES]; /* the refresher's alone */
   size_t n = kw_table_uses(u, MAX_USES);
   if (n == 0)
     return KW_OK;
@@ -199,14 +231,15 @@ static enum kw_class report(struct kw_conn *c, struct kw_error *e) {
   return from_agent(rc) ? KW_OK : rc;
 }
 
-/* Opens the session if needed, lists, gets. Never lets go of anything. */
-static enum kw_class refresh(struct kw_conn *c, uint64_t *generation, struct kw_error *e) {
+/* Opens the session if needed, lists, gets; begins nothing after limit. Never
+   lets go of anything. */
+static enum kw_class refresh(struct kw_conn *c, uint64_t limit, uint64_t *generation, struct kw_error *e) {
   bool rolled = false;
-  enum kw_class rc = open_session(c, soon(), e);
+  enum kw_class rc = open_session(c, soon_by(limit), e);
   if (!rc)
-    rc = list(c, generation, e);
+    rc = list(c, limit, generation, e);
   if (!rc)
-    rc = get_wanted(c, &rolled, e);
+    rc = get_wanted(c, limit, &rolled, e);
   if (rolled)
     kw_poke();
   if (rc)
@@ -253,7 +286,7 @@ enum kw_class kw_session_start(struct kw_error *e) {
     return kw_fail(e, KW_INTERNAL, "no memory, event descriptor or random numbers: %s", strerror(errno));
   bool told = false;
   for (unsigned backoff = BACKOFF_MIN_MS;; backoff = next_backoff(backoff)) {
-    enum kw_class rc = refresh(&s.background, &generation, e);
+    enum kw_class rc = refresh(&s.background, UINT64_MAX, &generation, e);
     if (!rc) {
       atomic_store(&s.warm, true);
       note_connected(true);
@@ -314,14 +347,17 @@ static enum kw_class stay_connected(struct kw_error *e) {
   bool first = true;
   for (;;) {
     uint64_t generation = 0;
-    enum kw_class rc = refresh(&s.background, &generation, e);
+    enum kw_class rc = refresh(&s.background, UINT64_MAX, &generation, e);
     if (!rc)
       rc = report(&s.background, e);
     if (rc)
       return rc;
-    if (first)
+    if (first) {
       note_connected(true);
-    first = false;
+      if (s.loss_told)
+        kw_log(KW_NOTE, "the agent answers again");
+      s.loss_told = first = false;
+    }
     act_on_revoke();
     uint32_t ms = wait_ms();
     uint64_t began = kw_now_ms();
@@ -337,6 +373,7 @@ static enum kw_class stay_connected(struct kw_error *e) {
 static void *refresher(void *arg) {
   unsigned backoff = BACKOFF_MIN_MS;
   bool lost = false;
+  uint64_t quiet_until = 0; /* an agent that comes and goes must not fill a disk */
   struct kw_error e;
   if (my_thread_init)
     my_thread_init();
@@ -348,10 +385,11 @@ static void *refresher(void *arg) {
     if (rc == KW_CANCELLED)
       break;
     bool worked = atomic_load(&kw_counters.refreshes) != before;
-    if (worked && lost)
-      kw_log(KW_NOTE, "the agent was back for a while");
-    if (worked || !lost)
+    if ((worked || !lost) && kw_now_ms() >= quiet_until) {
       kw_log(KW_WARN, "%s; the server goes on with the keys it holds; reconnecting", e.text);
+      quiet_until = kw_now_ms() + QUIET_MS;
+      s.loss_told = true;
+    }
     note_failure(&e);
     lost = true;
     backoff = worked ? BACKOFF_MIN_MS : next_backoff(backoff);
@@ -394,15 +432,6 @@ void kw_session_close(void) {
 
 /* ---- misses -------------------------------------------------------------------- */
 
-/* Takes the second connection, by the deadline. */
-static bool take_miss(uint64_t deadline, struct kw_error *e) {
-  struct timespec t = {(time_t)(deadline / 1000), (long)(deadline % 1000) * 1000000};
-  if (pthread_mutex_clocklock(&s.miss_mu, CLOCK_MONOTONIC, &t) == 0)
-    return true;
-  kw_fail(e, KW_TIMEOUT, "agent socket %s: busy for longer than keyward_timeout", kw_settings.socket_path);
-  return false;
-}
-
 /* Tries until the deadline while the agent or the KMS cannot be reached: the
    agent may be restarting, and InnoDB never asks again for a key it was
    refused. Asking twice is safe, GET changes nothing. */
@@ -410,7 +439,7 @@ enum kw_class kw_session_fetch(uint32_t id, uint32_t version, struct kw_error *e
   struct kw_want w = {id, version, false};
   bool rolled = false;
   uint64_t deadline = soon();
-  if (!take_miss(deadline, e))
+  if (!take(&s.miss_mu, deadline, e))
     return e->class;
   enum kw_class rc = KW_OK;
   while (!kw_table_key(id, version, NULL)) { /* another thread may have got it */
@@ -430,13 +459,13 @@ enum kw_class kw_session_fetch(uint32_t id, uint32_t version, struct kw_error *e
 /* An idle connection may have been closed by a restarted agent: one more try
    on a fresh one. */
 enum kw_class kw_session_refresh(struct kw_error *e) {
-  uint64_t generation;
-  if (!take_miss(soon(), e))
+  uint64_t generation, limit = kw_now_ms() + FORCED_TIMEOUTS * timeout_ms();
+  if (!take(&s.miss_mu, soon(), e))
     return e->class;
   bool kept = s.miss.fd >= 0;
-  enum kw_class rc = refresh(&s.miss, &generation, e);
+  enum kw_class rc = refresh(&s.miss, limit, &generation, e);
   if (rc == KW_TRANSPORT && kept)
-    rc = refresh(&s.miss, &generation, e);
+    rc = refresh(&s.miss, limit, &generation, e);
   pthread_mutex_unlock(&s.miss_mu);
   return rc;
 }
