@@ -200,7 +200,9 @@ func strace(t *testing.T, play, dir string, args ...string) (trace, out string) 
 	if strings.Contains(string(b), "ptrace") && os.Getenv("KEYWARD_REQUIRE_INTEGRATION") != "1" {
 		t.Skipf("strace: %s", b)
 	}
-	if err != nil {
+	// On a slow machine an injected fault may hit a checkpoint, and if that is
+	// the last one, Close has to say so.
+	if err != nil && !strings.Contains(string(b), "failed: checkpoint of") {
 		t.Fatalf("strace: %v\n%s", err, b)
 	}
 	return string(read(t, file)), string(b)
