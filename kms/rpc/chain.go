@@ -71,15 +71,16 @@ func (s *Server) enter(ctx context.Context, c *call, invoke func(context.Context
 		ctx, stop = context.WithTimeout(ctx, c.method.deadline)
 		defer stop()
 	}
-	if err := s.lanes.enter(ctx, c.method); err != nil {
+	leave, err := s.enterLane(ctx, c.method, c.sharer())
+	if err != nil {
 		return err
 	}
-	defer s.lanes.leave(c.method.lane)
+	defer leave()
 	if c.method.endless {
 		s.open.add(c)
 		defer s.open.remove(c)
 	}
-	err := contain(func() error { return invoke(ctx) })
+	err = contain(func() error { return invoke(ctx) })
 	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.As(err, new(*panicked)) && !errors.As(err, new(refusal)) {
 		return cause // what cut it short, not what the handler made of that
 	}

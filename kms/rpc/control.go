@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
@@ -111,11 +110,14 @@ func ListenControl(path string) (*net.UnixListener, error) {
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
-	old := syscall.Umask(0o177) // the socket is 0600 from its first moment
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	syscall.Umask(old)
 	if err != nil {
 		return nil, fmt.Errorf("%w: control socket: %w", dek.ErrUnavailable, err)
+	}
+	// Who comes in before this is asked for the user all the same. A umask would
+	// be of the whole process, and others make files meanwhile.
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: control socket: %w", dek.ErrUnavailable, err), l.Close())
 	}
 	return l, nil
 }

@@ -1,6 +1,9 @@
 package rpc
 
 import (
+	"context"
+	"time"
+
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 )
@@ -13,7 +16,6 @@ var (
 	Methods      = methods
 	Descriptions = descriptions
 	Compile      = compileMethods
-	LaneSizes    = laneSizes
 )
 
 func (m method) Name() string       { return m.name }
@@ -46,6 +48,41 @@ func Classes() []Row {
 	}
 	return rows
 }
+
+// FillShare takes all of a lane that a caller may have.
+func (s *Server) FillShare(t interface{ Fatal(...any) }, lane, caller string) (release func()) {
+	var leaves []func()
+	for range laneSizes()[laneName(lane)] / shareOf {
+		leave, err := s.enterLane(context.Background(), &method{lane: laneName(lane)}, caller)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaves = append(leaves, leave)
+	}
+	return func() {
+		for _, leave := range leaves {
+			leave()
+		}
+	}
+}
+
+// Shares is how many shares are held or waited for.
+func (s *Server) Shares() int {
+	s.shares.mu.Lock()
+	defer s.shares.mu.Unlock()
+	return len(s.shares.held)
+}
+
+// StrangerLimit is the bucket of records of strangers.
+type StrangerLimit = strangerLimit
+
+// Pass takes one out of the bucket.
+func (h *strangerLimit) Pass(now time.Time) (bool, int) { return h.pass(now) }
+
+const (
+	StrangerBurst = strangerBurst
+	StrangerEvery = strangerEvery
+)
 
 // Fill takes every place of a lane and returns what gives them back.
 func (s *Server) Fill(lane string) (release func()) {

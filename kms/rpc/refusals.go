@@ -10,19 +10,23 @@ import (
 	"github.com/keyward/keyward/kms"
 )
 
-// strangersPerSecond bounds the records made of strangers: they must not be
-// able to fill the disk, since a log that can't be written stops the service.
-// What is beyond is counted, and the next record says how many.
-const strangersPerSecond = 20
+// These bound the records made of strangers: they must not be able to fill the
+// disk, since a log that can't be written stops the service. At one a second
+// it is some 40 MB a day. What is beyond is counted, and the next record says
+// how many.
+const (
+	strangerBurst = 100
+	strangerEvery = time.Second
+)
 
 // recordTimeout bounds the wait for one record of a refusal.
 const recordTimeout = 10 * time.Second
 
-// A strangerLimit counts strangers in the second it is in.
+// A strangerLimit is a bucket of records that strangers may still cause.
 type strangerLimit struct {
 	mu      sync.Mutex
-	second  int64
-	n       int
+	since   time.Time // the bucket gets one every strangerEvery from here on; zero: full
+	used    int
 	dropped int
 }
 
@@ -30,14 +34,18 @@ type strangerLimit struct {
 func (h *strangerLimit) pass(now time.Time) (ok bool, dropped int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if at := now.Unix(); at != h.second {
-		h.second, h.n = at, 0
+	if back := min(int(now.Sub(h.since)/strangerEvery), h.used); back > 0 {
+		h.used -= back
+		h.since = h.since.Add(time.Duration(back) * strangerEvery)
 	}
-	if h.n >= strangersPerSecond {
+	if h.used == 0 {
+		h.since = now
+	}
+	if h.used >= strangerBurst {
 		h.dropped++
 		return false, 0
 	}
-	h.n++
+	h.used++
 	dropped, h.dropped = h.dropped, 0
 	return true, dropped
 }

@@ -72,6 +72,7 @@ type Server struct {
 	backend Backend
 	rows    map[string]*method
 	lanes   lanes
+	shares  shares
 	metrics *metrics
 	health  *health.Server
 
@@ -95,7 +96,7 @@ func NewServer(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{config: c, backend: c.Backend, rows: rows, lanes: newLanes(), health: health.NewServer()}
+	s := &Server{config: c, backend: c.Backend, rows: rows, lanes: newLanes(), shares: shares{held: map[shareKey]*share{}}, health: health.NewServer()}
 	var collectors []prometheus.Collector
 	s.metrics, collectors = newMetrics(s.lanes)
 	for _, m := range collectors {

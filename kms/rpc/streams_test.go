@@ -341,6 +341,61 @@ func TestLanes(t *testing.T) {
 	}
 }
 
+// TestShares: one caller can't hold a whole lane; what it gives back is gone
+// from the books.
+func TestShares(t *testing.T) {
+	d := openDoor(t)
+	release := d.FillShare(t, "bulk", "person/a")
+	if _, s := exchange(t, d.as(t, "person/a"), kmspb.Admin_Backup_FullMethodName, nil); reason(s) != "UNAVAILABLE" {
+		t.Errorf("beyond the share: got %v", s)
+	}
+	if _, s := exchange(t, d.as(t, "person/b"), kmspb.Admin_Backup_FullMethodName, nil); s.Code() != codes.OK {
+		t.Errorf("somebody else: got %v", s)
+	}
+	release()
+	if _, s := exchange(t, d.as(t, "person/a"), kmspb.Admin_Backup_FullMethodName, nil); s.Code() != codes.OK {
+		t.Errorf("given back: got %v", s)
+	}
+	for d.Shares() > 0 { // the last call leaves after its reply
+		if err := t.Context().Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestStrangerLimit: a burst, then one each period, and what was left out is
+// counted once.
+func TestStrangerLimit(t *testing.T) {
+	var h rpc.StrangerLimit
+	now := time.Unix(1_800_000_000, 0)
+	made := 0
+	for range 24 * 3600 * 10 { // ten a second, for a day
+		now = now.Add(100 * time.Millisecond)
+		if ok, _ := h.Pass(now); ok {
+			made++
+		}
+	}
+	if most := rpc.StrangerBurst + int(24*time.Hour/rpc.StrangerEvery) + 1; made > most || made < most-2 {
+		t.Errorf("%d records in a day, want about %d", made, most)
+	}
+	ok, _ := h.Pass(now.Add(time.Hour))
+	if !ok {
+		t.Error("refused after an hour of peace")
+	}
+	burst := 1
+	for now = now.Add(2 * time.Hour); ; burst++ {
+		if ok, _ := h.Pass(now); !ok {
+			break
+		}
+	}
+	if burst != rpc.StrangerBurst+1 {
+		t.Errorf("a burst of %d, want %d", burst-1, rpc.StrangerBurst)
+	}
+	if ok, dropped := h.Pass(now.Add(rpc.StrangerEvery)); !ok || dropped != 1 {
+		t.Errorf("then: %v with %d left out, want 1", ok, dropped)
+	}
+}
+
 // TestRecordThatFails: a refusal is a refusal, whether it can be kept or not.
 func TestRecordThatFails(t *testing.T) {
 	d := openDoor(t)

@@ -172,9 +172,9 @@ func (i *instanceServer) answer(ctx context.Context, r *kmspb.UnwrapRequest) *km
 	row := s.rows[kmspb.Instances_Unwrap_FullMethodName]
 	ctx, cancel := context.WithTimeout(ctx, row.deadline)
 	defer cancel()
-	err := s.lanes.enter(ctx, row)
+	leave, err := s.enterLane(ctx, row, c.sharer())
 	if err == nil {
-		defer s.lanes.leave(row.lane)
+		defer leave()
 		err = contain(func() (err error) {
 			a.Key, err = i.unwrap(ctx, r.GetWrapped())
 			return err
