@@ -164,9 +164,11 @@ func (l *link) read(r *frameReader) {
 		<-l.lanes[laneOf(c.op)]
 		c.take(f)
 		rebuild := errors.Is(c.err, errRebuild)
+		if rebuild {
+			l.end(c.err) // first: the caller tries again, and not on this child
+		}
 		l.finish(c)
 		if rebuild {
-			l.end(c.err)
 			return
 		}
 	}
