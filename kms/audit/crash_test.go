@@ -288,12 +288,12 @@ func TestSickDisk(t *testing.T) {
 	}
 }
 
-// TestSlowDisk lets one fdatasync hang for a second: the append it holds fails
+// TestSlowDisk lets one fdatasync hang for 0.6 s: the append it holds fails
 // at the deadline, those that follow fail at once, the log goes on when the disk
 // answers, and what was answered with an error is written all the same.
 func TestSlowDisk(t *testing.T) {
 	dir := newDir(t)
-	_, out := strace(t, "slow", dir, "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=1000000:when=12")
+	_, out := strace(t, "slow", dir, "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=600000:when=12")
 	marks := regexp.MustCompile(`(?m)^end (\d+) (\d+) (.*)$`).FindAllStringSubmatch(out, -1)
 	first, last := -1, -1
 	for i, m := range marks {
@@ -315,10 +315,9 @@ func TestSlowDisk(t *testing.T) {
 	}
 }
 
-// TestDiskFull fills a small file system: appends are refused with
-// dek.ErrExhausted, the log says so in a record, goes on by itself when there is
-// room, and has lost nothing.
-func TestDiskFull(t *testing.T) {
+// smallDisk mounts a file system of 3 MB.
+func smallDisk(t *testing.T) string {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root to mount a small file system")
 	}
@@ -334,6 +333,14 @@ func TestDiskFull(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	return mnt
+}
+
+// TestDiskFull fills a small file system: appends are refused with
+// dek.ErrExhausted, the log says so in a record, goes on by itself when there is
+// room, and has lost nothing.
+func TestDiskFull(t *testing.T) {
+	mnt := smallDisk(t)
 	cfg := testConfig(t, filepath.Join(mnt, "audit"))
 	cfg.CheckpointEvery = time.Second
 	l := open(t, cfg)
