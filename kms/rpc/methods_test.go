@@ -250,6 +250,12 @@ func badFields() map[string][]func(proto.Message) {
 	add(kmspb.Admin_ReadAudit_FullMethodName, set("after_unix", int64(-1))...)
 	add(kmspb.Admin_ReadAudit_FullMethodName, set("before_unix", int64(1)<<62)...)
 	add(kmspb.Admin_ReadAudit_FullMethodName, set("object", strings.Repeat("a", 257))...)
+	badLists(add)
+	return out
+}
+
+// badLists edits requests with lists.
+func badLists(add func(name string, f ...func(proto.Message))) {
 	add(kmspb.Instances_UnwrapBatch_FullMethodName,
 		func(m proto.Message) { m.(*kmspb.UnwrapBatchRequest).Items = nil },
 		func(m proto.Message) {
@@ -267,7 +273,6 @@ func badFields() map[string][]func(proto.Message) {
 		func(m proto.Message) { m.(*kmspb.PrepareInstanceRequest).Keyrings = []string{"r", "r"} },
 		func(m proto.Message) { m.(*kmspb.PrepareInstanceRequest).Keyrings = []string{"R"} },
 		func(m proto.Message) { m.(*kmspb.PrepareInstanceRequest).Keyrings = make([]string, 65) })
-	return out
 }
 
 func TestBadFields(t *testing.T) {

@@ -235,20 +235,7 @@ func TestRealService(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitNotice(t, notices, kmspb.Notice_KIND_ROLLED)
-
-	// Nobody but the auditor reads the log, and the auditor reads it alone.
-	if err := drain(auditor.ReadAudit(ctx, &kmspb.ReadAuditRequest{})); err != nil {
-		t.Errorf("auditor: %v", err)
-	}
-	if err := drain(admin.ReadAudit(ctx, &kmspb.ReadAuditRequest{})); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("administrator reads the log: %v", err)
-	}
-	if _, err := auditor.RollKey(ctx, &kmspb.RollKeyRequest{Vault: "pay", Name: "k"}); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("auditor rolls a key: %v", err)
-	}
-	if _, err := admin.AddGrant(ctx, &kmspb.Grant{Principal: "person/officer", Role: "auditor", Scope: "/vaults/pay"}); status.Code(err) != codes.FailedPrecondition {
-		t.Errorf("officer becomes auditor: %v", err)
-	}
+	separateDuties(ctx, t, admin, auditor)
 
 	start := time.Now()
 	if _, err := admin.RevokeInstance(ctx, &kmspb.RevokeInstanceRequest{Name: "db1"}); err != nil {
@@ -262,6 +249,24 @@ func TestRealService(t *testing.T) {
 	}
 	if _, err := host.Unwrap(ctx, &kmspb.UnwrapRequest{Wrapped: w}); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("unwrap by a revoked instance: %v", err)
+	}
+}
+
+// separateDuties: nobody but the auditor reads the log, and the auditor does
+// nothing else.
+func separateDuties(ctx context.Context, t *testing.T, admin, auditor kmspb.AdminClient) {
+	t.Helper()
+	if err := drain(auditor.ReadAudit(ctx, &kmspb.ReadAuditRequest{})); err != nil {
+		t.Errorf("auditor: %v", err)
+	}
+	if err := drain(admin.ReadAudit(ctx, &kmspb.ReadAuditRequest{})); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("administrator reads the log: %v", err)
+	}
+	if _, err := auditor.RollKey(ctx, &kmspb.RollKeyRequest{Vault: "pay", Name: "k"}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("auditor rolls a key: %v", err)
+	}
+	if _, err := admin.AddGrant(ctx, &kmspb.Grant{Principal: "person/officer", Role: "auditor", Scope: "/vaults/pay"}); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("officer becomes auditor: %v", err)
 	}
 }
 

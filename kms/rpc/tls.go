@@ -76,6 +76,10 @@ func (d *tlsDoor) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo,
 		d.metrics.handshakes.WithLabelValues("certificate refused").Inc()
 		d.refused(raw.RemoteAddr().String(), denied)
 		return nil, nil, denied
+	case err != nil && !peer.stranger(): // a certificate of ours, and not the key to it
+		d.metrics.handshakes.WithLabelValues("certificate without its key").Inc()
+		d.refused(raw.RemoteAddr().String(), fmt.Errorf("%w: the certificate of %s was shown and not proved: %w", dek.ErrDenied, peer.Principal, err))
+		return nil, nil, fmt.Errorf("%w: handshake: %w", dek.ErrDenied, err)
 	case err != nil:
 		d.metrics.handshakes.WithLabelValues("failed").Inc()
 		return nil, nil, fmt.Errorf("%w: handshake: %w", dek.ErrInvalid, err)
