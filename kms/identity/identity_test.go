@@ -334,6 +334,12 @@ func TestVerify(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestVerifyCertificatesOfAuthorities: neither those of another authority nor
+// the authority's own are a client's.
+func TestVerifyCertificatesOfAuthorities(t *testing.T) {
+	a := newWorld(t).open(t)
 	t.Run("foreign CA of the same name", func(t *testing.T) {
 		other := newWorld(t)
 		if _, err := a.Verify(issue(t, other.open(t), "host/db1")); !errors.Is(err, dek.ErrDenied) {
