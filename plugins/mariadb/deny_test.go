@@ -30,6 +30,7 @@ func allowAll(a *mariadbtest.Agent) {
 // loses its binlog, announces nothing new, cannot be restarted, and is well
 // again without a restart when access is back.
 func TestDenied(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t1", "")
 	r.fill("t7", "ENCRYPTION_KEY_ID=7")
@@ -72,6 +73,7 @@ func TestDenied(t *testing.T) {
 
 // TestInstanceRevoked: a restarted agent refuses the instance as a whole.
 func TestInstanceRevoked(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t1", "")
 	r.agent.Stop()
@@ -94,6 +96,7 @@ func TestInstanceRevoked(t *testing.T) {
 // TestOnRevokeShutdown: with keyward_on_revoke=shutdown the server ends itself
 // cleanly after the grace time, not before, and not because the agent is away.
 func TestOnRevokeShutdown(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--keyward-on-revoke=shutdown", "--keyward-revoke-grace=3600")
 	r.fill("t1", "")
 	r.agent.Stop()

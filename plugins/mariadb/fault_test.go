@@ -89,6 +89,7 @@ func (r *rig) session(queries ...string) {
 // that needs keys. Nothing may fail, the binlog stays on, and when the agent
 // is well again the roll is seen.
 func TestFaultMatrix(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t1", "")
 	r.fill("t7", "ENCRYPTION_KEY_ID=7")
@@ -184,6 +185,7 @@ func TestMissingVersion(t *testing.T) {
 // TestAgentKilledUnderLoad kills, restarts and hangs the agent while four
 // clients write: no statement may fail.
 func TestAgentKilledUnderLoad(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t1", "")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -236,6 +238,7 @@ func TestAgentKilledUnderLoad(t *testing.T) {
 
 // TestStatusWithoutAgent: age and error are shown while the agent is away.
 func TestStatusWithoutAgent(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.agent.Stop()
 	eventually(t, "disconnected", 5*time.Second, func() bool { return r.status("Keyward_connected") == "OFF" })

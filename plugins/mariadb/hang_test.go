@@ -38,6 +38,7 @@ func (r *rig) hangAgent() {
 // TestUnknownKeyIDWhileHanging: the server asks for the newest version of a key
 // id that was never there, under its own locks: it never waits for the agent.
 func TestUnknownKeyIDWhileHanging(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--keyward-timeout=4")
 	r.exec("CREATE DATABASE d")
 	r.hangAgent()
@@ -87,6 +88,7 @@ func TestRefreshBlocksNobody(t *testing.T) {
 
 // TestRefreshIsBounded: many keys that an agent refuses slowly do not add up.
 func TestRefreshIsBounded(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	for id := uint32(100); id < 140; id++ {
 		r.agent.Add(id, fmt.Sprintf("orders/k%d", id))
@@ -113,6 +115,7 @@ func TestRefreshIsBounded(t *testing.T) {
 // TestFlappingAgent: an agent that breaks off each session soon does not fill
 // the error log.
 func TestFlappingAgent(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.agent.SetFault(func(q mariadbtest.Request) mariadbtest.Fault {
 		return mariadbtest.Fault{Close: q.Op == mariadbtest.OpWait}
@@ -126,6 +129,7 @@ func TestFlappingAgent(t *testing.T) {
 // TestShutdownWhileFetching: while a key that is not held is being waited for,
 // everything with held keys goes on, and a shutdown ends the wait in time.
 func TestShutdownWhileFetching(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--innodb-encryption-threads=0", "--keyward-timeout=4")
 	r.fill("t1", "")
 	r.fill("t7", "ENCRYPTION_KEY_ID=7")

@@ -33,6 +33,7 @@ func startAs(t *testing.T, a *mariadbtest.Agent, uid uintptr) {
 // TestImpostor: a socket of a stranger, who could put it where the agent's
 // belongs, gets no question and gives no key.
 func TestImpostor(t *testing.T) {
+	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to act as another account")
 	}

@@ -104,6 +104,7 @@ func mutate(b []byte, seed uint64) []byte {
 // TestAddressSanitizer runs the instrumented plugin in the real server through
 // rolls, faults, denial and shutdown.
 func TestAddressSanitizer(t *testing.T) {
+	t.Parallel()
 	r, c := prepared(t)
 	plugin, err := mariadbtest.BuildPlugin(t.Context(), ".", "asan")
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 // it to tables of three engines, to its binlog and to its redo log, and in the
 // same files of a server without encryption, where the search must find it.
 func TestNothingInClear(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	write := func(r *rig) (found int) {
 		r.fill("i", "ENGINE=InnoDB")
@@ -106,6 +107,7 @@ func TestRollIsSeen(t *testing.T) {
 
 // TestNewKeyID makes a keyring while the server runs.
 func TestNewKeyID(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.exec("CREATE DATABASE d")
 	if _, err := r.DB().Exec("CREATE TABLE d.t9 (id INT) ENCRYPTION_KEY_ID=9"); err == nil {
@@ -122,6 +124,7 @@ func TestNewKeyID(t *testing.T) {
 
 // TestReport: what the server asked for reaches the agent.
 func TestReport(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t7", "ENCRYPTION_KEY_ID=7")
 	r.exec("FLUSH TABLES d.t7 FOR EXPORT", "UNLOCK TABLES") // pages are written
@@ -138,6 +141,7 @@ func TestReport(t *testing.T) {
 // TestPrivilege: the table shows nothing to an account without PROCESS, and
 // FLUSH needs RELOAD.
 func TestPrivilege(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.exec("CREATE USER u@localhost IDENTIFIED BY 'u'")
 	u, err := r.Open("u", "u")
@@ -158,6 +162,7 @@ func TestPrivilege(t *testing.T) {
 // TestRollUnderTemporaryTables rolls while temporary tables that do not fit the
 // buffer pool are in use (MDEV-34372: they were lost in some releases).
 func TestRollUnderTemporaryTables(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--innodb-buffer-pool-size=6M")
 	r.fill("t1", "")
 	queries := []string{"CREATE TEMPORARY TABLE d.x (id INT PRIMARY KEY, v VARCHAR(500)) ENGINE=InnoDB",

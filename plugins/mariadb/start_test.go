@@ -88,6 +88,7 @@ func TestStartRefused(t *testing.T) {
 
 // TestNoKeyring: an agent that has nothing for this server.
 func TestNoKeyring(t *testing.T) {
+	t.Parallel()
 	r, c := prepared(t)
 	r.agent.Stop()
 	empty := mariadbtest.NewAgent(r.agent.Path())
@@ -105,6 +106,7 @@ func TestNoKeyring(t *testing.T) {
 
 // TestAgentComesLate: a server that is started before its agent waits for it.
 func TestAgentComesLate(t *testing.T) {
+	t.Parallel()
 	r, c := prepared(t, "--keyward-start-timeout=30")
 	r.agent.Stop()
 	started := make(chan error, 1)
@@ -127,6 +129,7 @@ func TestAgentComesLate(t *testing.T) {
 // TestOldVersionRetired: a server does not start without an old version, unless
 // it is one that the KMS refuses and the DBA says so.
 func TestOldVersionRetired(t *testing.T) {
+	t.Parallel()
 	r, c := prepared(t)
 	r.agent.Roll(7)
 	refuse := func(class uint16) {
@@ -156,6 +159,7 @@ func TestOldVersionRetired(t *testing.T) {
 
 // TestCBC: the other cipher, over a restart.
 func TestCBC(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--keyward-cipher=cbc")
 	r.fill("i", "")
 	r.fill("a", "ENGINE=Aria")
@@ -171,6 +175,7 @@ func TestCBC(t *testing.T) {
 
 // TestKilledServer: kill -9 during writes; everything committed is there.
 func TestKilledServer(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, "--innodb-flush-log-at-trx-commit=1", "--sync-binlog=1")
 	r.fill("t1", "")
 	for i := range 3 {
@@ -190,6 +195,7 @@ func TestKilledServer(t *testing.T) {
 // TestMigration: a server encrypted by file_key_management with the same key
 // goes on with this plugin, byte for byte, in both ciphers.
 func TestMigration(t *testing.T) {
+	t.Parallel()
 	for _, cipher := range []string{"ctr", "cbc"} {
 		t.Run(cipher, func(t *testing.T) {
 			r, c := prepared(t, "--keyward-cipher="+cipher)
@@ -232,6 +238,7 @@ func TestMigration(t *testing.T) {
 // TestBackup backs up with mariadb-backup while the server runs, prepares and
 // restores, each of which needs the plugin, and refuses to prepare without it.
 func TestBackup(t *testing.T) {
+	t.Parallel()
 	program, err := exec.LookPath("mariadb-backup")
 	if err != nil {
 		if os.Getenv("KEYWARD_REQUIRE_INTEGRATION") == "1" {
@@ -284,6 +291,7 @@ func TestBackup(t *testing.T) {
 
 // TestReadme starts a server with the configuration that README.md shows.
 func TestReadme(t *testing.T) {
+	t.Parallel()
 	b, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -319,6 +327,7 @@ func TestReadme(t *testing.T) {
 // TestInstallAtRunTime: a plain server becomes an encrypted one without a
 // restart, and cannot lose the plugin while it is in use.
 func TestInstallAtRunTime(t *testing.T) {
+	t.Parallel()
 	r, c := prepared(t)
 	c.Args = []string{"--loose-keyward-socket=" + r.agent.Path()}
 	if err := r.tryStart(c); err != nil {
@@ -341,6 +350,7 @@ func TestInstallAtRunTime(t *testing.T) {
 // TestShutdownDuringRoll stops the server while a roll is being announced and
 // InnoDB woken.
 func TestShutdownDuringRoll(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.fill("t1", "")
 	for range 8 {
