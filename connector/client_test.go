@@ -188,17 +188,6 @@ func TestDeniedIsFinal(t *testing.T) {
 	}
 }
 
-// A call with a second effect is sent once, even if nothing is known of it.
-func TestOnceOnly(t *testing.T) {
-	ca := newTestCA(t, "ca")
-	one, two := newFakeKMS(t, ca), newFakeKMS(t, ca)
-	c := one.client(t, refusedAddress(t), one.addr, two.addr)
-	_, err := connector.NewAdmin(c).CreateToken(testContext(t), "person/alice", time.Hour)
-	if !errors.Is(err, dek.ErrPrecondition) { // the fake has no such method
-		t.Errorf("got %v, want precondition", err)
-	}
-}
-
 func TestSingleflight(t *testing.T) {
 	kms := newFakeKMS(t, newTestCA(t, "ca"))
 	kms.gate = make(chan struct{})

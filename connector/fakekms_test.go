@@ -112,7 +112,10 @@ type fakeKMS struct {
 	entered    chan string // names of calls as they begin
 	token      string
 	lifetime   time.Duration
+	act        func(method string, request any) (any, error) // answers single calls, if it is set
+	actStream  func(method string) error                     // and streams
 
+	conns  sync.Map // of net.Conn: what hangUp ends
 	addr   string
 	server *grpc.Server
 	tls    *tls.Config
@@ -144,11 +147,55 @@ func (k *fakeKMS) start() {
 	}
 	k.addr = l.Addr().String()
 	k.server = grpc.NewServer(grpc.Creds(credentials.NewTLS(k.tls)),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.UnaryInterceptor(k.intercept), grpc.StreamInterceptor(k.interceptStream))
 	kmspb.RegisterEnrolmentServer(k.server, k)
 	kmspb.RegisterInstancesServer(k.server, k)
 	kmspb.RegisterAdminServer(k.server, k)
-	k.served.Go(func() { _ = k.server.Serve(l) })
+	k.served.Go(func() { _ = k.server.Serve(notingListener{l, &k.conns}) })
+}
+
+// A notingListener remembers the connections it accepts.
+type notingListener struct {
+	net.Listener
+	conns *sync.Map
+}
+
+func (l notingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.conns.Store(c, nil)
+	}
+	return c, err
+}
+
+// hangUp cuts every connection; new ones are welcome.
+func (k *fakeKMS) hangUp() {
+	k.conns.Range(func(c, _ any) bool {
+		k.conns.Delete(c)
+		_ = c.(net.Conn).Close()
+		return true
+	})
+}
+
+func (k *fakeKMS) intercept(ctx context.Context, r any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	k.mu.Lock()
+	act := k.act
+	k.mu.Unlock()
+	if act == nil {
+		return handler(ctx, r)
+	}
+	return act(info.FullMethod, r)
+}
+
+func (k *fakeKMS) interceptStream(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	k.mu.Lock()
+	act := k.actStream
+	k.mu.Unlock()
+	if act == nil {
+		return handler(srv, s)
+	}
+	return act(info.FullMethod)
 }
 
 func (k *fakeKMS) stop() {
