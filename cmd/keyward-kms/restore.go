@@ -77,7 +77,7 @@ func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (re
 		return report, fmt.Errorf("%w: backup: %w", dek.ErrInvalid, err)
 	}
 	defer f.Close()
-	opt, err := o.options(s)
+	opt, err := o.options(ctx, s)
 	if err != nil {
 		return report, err
 	}
@@ -101,7 +101,7 @@ func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (re
 
 // options reads the files and shares that the flags name; the caller destroys
 // Private.
-func (o *restoring) options(s *streams) (opt kms.RestoreOptions, err error) {
+func (o *restoring) options(ctx context.Context, s *streams) (opt kms.RestoreOptions, err error) {
 	opt = kms.RestoreOptions{AcceptRollback: o.acceptRollback, NewLog: o.newLog}
 	if o.newRecipient != "" {
 		b, err := os.ReadFile(o.newRecipient)
@@ -111,7 +111,7 @@ func (o *restoring) options(s *streams) (opt kms.RestoreOptions, err error) {
 		opt.Recipient = string(b)
 	}
 	if o.askShares || len(o.shareFiles) > 0 {
-		if opt.Private, err = shares.Join(s.in, s.err, o.shareFiles); err != nil {
+		if opt.Private, err = shares.Join(ctx, s.in, s.err, o.shareFiles); err != nil {
 			return opt, fmt.Errorf("recovery shares: %w", err)
 		}
 	}

@@ -140,8 +140,8 @@ func (a *app) recoveryCheckCmd() *cobra.Command {
 says whether they join to the recipient they name. Nothing is written.`,
 		Example: "  keyward recovery check\n  keyward recovery check --recipient-file recipient.txt --share-file a.txt --share-file b.txt --share-file c.txt",
 		Args:    args(0, 0),
-		RunE: func(*cobra.Command, []string) error {
-			parts, err := shares.Read(a.in, a.err, files)
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			parts, err := shares.Read(cmd.Context(), a.in, a.err, files)
 			defer func() { destroyShares(parts) }()
 			if err != nil {
 				return err

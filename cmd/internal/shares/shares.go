@@ -5,6 +5,7 @@ package shares
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -23,8 +24,9 @@ const maxShareBytes = 1024
 // the first one says are needed: at a terminal with echo off and the question
 // on prompt, else a line each. Files must be readable by their owner alone. The
 // caller destroys what is returned, also beside an error. Errors wrap
-// dek.ErrInvalid and name the file or share.
-func Read(in io.Reader, prompt io.Writer, files []string) (parts []recovery.Share, err error) {
+// dek.ErrInvalid and name the file or share, or are ctx's: a person at a
+// terminal can be waited for no longer.
+func Read(ctx context.Context, in io.Reader, prompt io.Writer, files []string) (parts []recovery.Share, err error) {
 	for _, name := range files {
 		s, err := readFile(name)
 		if err != nil {
@@ -35,7 +37,7 @@ func Read(in io.Reader, prompt io.Writer, files []string) (parts []recovery.Shar
 	if len(files) > 0 {
 		return parts, nil
 	}
-	ask := asker(in, prompt)
+	ask := asker(ctx, in, prompt)
 	for need := 1; len(parts) < need; {
 		s, err := ask(len(parts)+1, need)
 		if err != nil {
@@ -72,11 +74,11 @@ func readFile(name string) (recovery.Share, error) {
 
 // asker asks for one share at a time: with echo off at a terminal, else
 // a line each from standard input.
-func asker(in io.Reader, prompt io.Writer) func(nth, need int) (recovery.Share, error) {
+func asker(ctx context.Context, in io.Reader, prompt io.Writer) func(nth, need int) (recovery.Share, error) {
 	if f, ok := in.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		return func(nth, need int) (recovery.Share, error) {
 			fmt.Fprintf(prompt, "share %d%s (not shown): ", nth, ofNeed(nth, need))
-			b, err := term.ReadPassword(int(f.Fd()))
+			b, err := readHidden(ctx, int(f.Fd()))
 			fmt.Fprintln(prompt)
 			return parseEntered(b, err)
 		}
@@ -115,8 +117,8 @@ func parseEntered(b []byte, err error) (recovery.Share, error) {
 
 // Join reads shares as Read does and combines them. The caller destroys the
 // result. Too few shares, or one of another recipient, wrap dek.ErrAuth.
-func Join(in io.Reader, prompt io.Writer, files []string) (*recovery.Private, error) {
-	parts, err := Read(in, prompt, files)
+func Join(ctx context.Context, in io.Reader, prompt io.Writer, files []string) (*recovery.Private, error) {
+	parts, err := Read(ctx, in, prompt, files)
 	defer func() {
 		for _, p := range parts {
 			p.Destroy()

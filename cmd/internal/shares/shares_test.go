@@ -61,7 +61,7 @@ func TestJoinEntered(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var said bytes.Buffer
 			in := strings.NewReader(strings.Join(c.lines, "\n")) // no line end at the last
-			p, err := shares.Join(in, &said, nil)
+			p, err := shares.Join(t.Context(), in, &said, nil)
 			if err == nil {
 				p.Destroy()
 			}
@@ -110,7 +110,7 @@ func TestJoinFiles(t *testing.T) {
 		{"two in one", []string{file("two", s[0]+"\n"+s[1], 0o600)}, dek.ErrInvalid, "two"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p, err := shares.Join(strings.NewReader(""), io.Discard, tt.files)
+			p, err := shares.Join(t.Context(), strings.NewReader(""), io.Discard, tt.files)
 			if err == nil {
 				p.Destroy()
 			}
