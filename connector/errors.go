@@ -62,8 +62,10 @@ type CallError struct {
 func (e *CallError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s at %s: %v", e.Op, e.Endpoint, e.Class)
-	if e.Detail != "" && e.Detail != e.Class.Error() {
-		b.WriteString(": " + strings.TrimPrefix(e.Detail, e.Class.Error()+": "))
+	// the service's words often begin or end with the class
+	class := e.Class.Error()
+	if detail := strings.TrimSuffix(strings.TrimPrefix(e.Detail, class+": "), ": "+class); detail != "" && detail != class {
+		b.WriteString(": " + detail)
 	}
 	if e.Request != "" {
 		b.WriteString(" (request " + e.Request + ")")
