@@ -30,6 +30,7 @@ type host struct {
 	t   testing.TB
 	kms *fakeKMS
 	cfg connector.AgentConfig
+	a   *connector.Agent // the one that runs
 	end func()
 }
 
@@ -49,6 +50,7 @@ func (h *host) start() {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	h.a = a
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()

@@ -51,8 +51,9 @@ type instance struct {
 	since    time.Time
 	expired  bool // stale for longer than the outage limit
 	deniedAt time.Time
-	trusted  bool // the service of this stream has shown that it extends our checkpoint
-	dirty    bool // state differs from the file
+	trusted  bool  // the service of this stream has shown that it extends our checkpoint
+	dirty    bool  // state differs from the file
+	unsaved  error // why the file could not be written the last time
 	want     depth
 	lastErr  error
 	usage    map[dek.KeyID]time.Time
@@ -317,8 +318,10 @@ func (in *instance) purgeAll() {
 	in.cache.Purge(func(id dek.KeyID) bool { return held[id] })
 }
 
-// save writes the state if it changed. A failure costs nothing but the
-// checkpoint and the wraps of the next start.
+// save writes the state if it changed. A failure takes nothing from what is
+// served: it costs the wraps and the checkpoint of a start meanwhile, shows in
+// Health, metrics and log, and is tried again with the next change and every
+// minute.
 func (in *instance) save() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -329,9 +332,14 @@ func (in *instance) saveLocked() {
 	if !in.dirty {
 		return
 	}
-	if err := saveState(in.cfg.StateDir, &in.state); err != nil {
-		in.log.Error("agent state not saved", "instance", in.name, "err", err)
+	failed := in.unsaved != nil
+	in.unsaved = saveState(in.cfg.StateDir, &in.state)
+	switch {
+	case in.unsaved != nil:
+		in.log.Error("agent state not saved: keys are served on; make room on its disk, it is tried again", "instance", in.name, "err", in.unsaved)
 		return
+	case failed:
+		in.log.Info("agent state saved again", "instance", in.name)
 	}
 	in.dirty = false
 }

@@ -128,6 +128,7 @@ func (in *instance) collect(ch chan<- prometheus.Metric) {
 	gauge("state_age_seconds", "Time since the key service last confirmed the state.", h.Age.Seconds())
 	gauge("stale", "1 if the key service can't be reached.", boolFloat(h.Stale))
 	gauge("denied_keyrings", "Keyrings the key service refuses.", float64(h.Denied))
+	gauge("state_unsaved", "1 if the state could not be written to disk.", boolFloat(h.Unsaved != ""))
 }
 
 func boolFloat(b bool) float64 {
@@ -145,6 +146,7 @@ type InstanceHealth struct {
 	Denied   int           `json:"denied"`   // keyrings it refuses
 	Keyrings int           `json:"keyrings"` // keyrings there are
 	LastErr  string        `json:"last_error,omitempty"`
+	Unsaved  string        `json:"unsaved,omitempty"` // why the state could not be written to disk
 }
 
 func (in *instance) health() InstanceHealth {
@@ -161,6 +163,9 @@ func (in *instance) health() InstanceHealth {
 	}
 	if in.lastErr != nil {
 		h.LastErr = in.lastErr.Error()
+	}
+	if in.unsaved != nil {
+		h.Unsaved = in.unsaved.Error()
 	}
 	return h
 }
