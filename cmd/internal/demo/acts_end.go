@@ -93,7 +93,7 @@ func (d *demo) audit(ctx context.Context) error {
 	out, err = d.run(ctx, nil, "keyward", "audit", "verify", d.path("audit-before.tar"), d.path("audit-after.tar"))
 	d.show(out, 8)
 	d.check("the records from before and after the disaster are verified offline, as one chain", err)
-	removed, err := removeRecord(d.path("audit-before.tar"), d.path("audit-tampered.tar"))
+	seq, removed, err := removeRecord(d.path("audit-before.tar"), d.path("audit-tampered.tar"))
 	if err != nil {
 		return err
 	}
@@ -102,52 +102,54 @@ func (d *demo) audit(ctx context.Context) error {
 	if err != nil {
 		d.say("%s", d.shorten(lastLines(err.Error(), 2)))
 	}
-	d.check("one record removed: found, and named", refused(err, "record"))
+	d.check("one record removed: found, and named", refused(err, fmt.Sprintf("records %d to %d are missing", seq, seq)))
 	return nil
 }
 
 // removeRecord copies an export without the middle record of its first segment
-// and returns the beginning of that record.
-func removeRecord(from, to string) (string, error) {
+// and returns its number and beginning.
+func removeRecord(from, to string) (seq int, removed string, err error) {
 	b, err := os.ReadFile(from)
 	if err != nil {
-		return "", err
+		return 0, "", err
 	}
 	var out bytes.Buffer
 	tw := tar.NewWriter(&out)
-	removed := ""
 	for tr := tar.NewReader(bytes.NewReader(b)); ; {
 		h, err := tr.Next()
 		if err == io.EOF {
 			break
 		}
 		if err != nil {
-			return "", err
+			return 0, "", err
 		}
 		body, err := io.ReadAll(tr)
 		if err != nil {
-			return "", err
+			return 0, "", err
 		}
 		lines := bytes.SplitAfter(body, []byte("\n"))
 		if removed == "" && strings.HasSuffix(h.Name, ".log") && len(lines) > 4 {
 			mid := len(lines) / 2
 			removed = string(lines[mid][:min(len(lines[mid]), 110)])
+			if _, err := fmt.Sscanf(removed, `{"seq":%d,`, &seq); err != nil {
+				return 0, "", fmt.Errorf("%s: %w", removed, err)
+			}
 			lines = append(lines[:mid:mid], lines[mid+1:]...)
 			body = bytes.Join(lines, nil)
 		}
 		h.Size = int64(len(body))
 		if err := tw.WriteHeader(h); err != nil {
-			return "", err
+			return 0, "", err
 		}
 		if _, err := tw.Write(body); err != nil {
-			return "", err
+			return 0, "", err
 		}
 	}
 	if err := tw.Close(); err != nil {
-		return "", err
+		return 0, "", err
 	}
 	if removed == "" {
-		return "", fmt.Errorf("%s holds no segment with records", filepath.Base(from))
+		return 0, "", fmt.Errorf("%s holds no segment with records", filepath.Base(from))
 	}
-	return removed, os.WriteFile(to, out.Bytes(), 0o600)
+	return seq, removed, os.WriteFile(to, out.Bytes(), 0o600)
 }

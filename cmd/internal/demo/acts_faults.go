@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +16,7 @@ import (
 	"time"
 
 	"github.com/keyward/keyward/connector"
+	"github.com/keyward/keyward/dek"
 )
 
 // A writer inserts rows one by one until stopped and remembers the newest
@@ -161,7 +165,7 @@ func (d *demo) outage(ctx context.Context) error {
 		return err
 	}
 	d.db.stop()
-	line, err := d.db.refusesStart(ctx, "cannot start", "key 1", "version 3", d.endpoint())
+	line, err := d.db.refusesStart(ctx, "cannot start", "key 1", "version 3", d.endpoint(), "start the key service")
 	d.say("error.log: %s", line)
 	d.check("a restart is refused; mariadbd's own log names key, version, endpoint and remedy", err)
 	if err := d.startKMS(ctx); err != nil {
@@ -329,8 +333,36 @@ func (d *demo) nothingHandedOut(ctx context.Context) error {
 	if err == nil {
 		return fmt.Errorf("%d keys were handed out", len(keys))
 	}
+	if !errors.Is(err, dek.ErrDenied) {
+		return fmt.Errorf("refused for another reason: %w", err)
+	}
 	d.say("agent: %s", lastLines(err.Error(), 1))
-	return nil
+	// A session that is let in without asking the key service gets nothing
+	// either: the cache is what it would be served from.
+	held, err := d.metric(ctx, "keyward_agent_cache_keys")
+	if err == nil && held != "0" {
+		err = fmt.Errorf("the agent's cache holds %s keys", held)
+	}
+	return err
+}
+
+// metric asks the agent for one of its figures.
+func (d *demo) metric(ctx context.Context, name string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+d.metrics+"/metrics", nil)
+	if err != nil {
+		return "", err
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	for sc := bufio.NewScanner(res.Body); sc.Scan(); {
+		if value, ok := strings.CutPrefix(sc.Text(), name+" "); ok {
+			return value, nil
+		}
+	}
+	return "", fmt.Errorf("the agent has no figure %s", name)
 }
 
 // runsWhileDisabled: no abort, no loss of the binlog.

@@ -42,6 +42,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		d.lookAround()
 	} else {
 		d.stopAll()
+		d.check("nothing is left running", d.nothingLeft())
+		d.check(fmt.Sprintf("all this took less than %v", limit), within(time.Since(started), limit))
 		if s.failed == 0 {
 			if err := os.RemoveAll(s.dir); err != nil {
 				fmt.Fprintln(stderr, "demo:", err)
@@ -56,6 +58,31 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
+}
+
+// limit is how long the whole show may take once everything is installed.
+const limit = 120 * time.Second
+
+func within(took, limit time.Duration) error {
+	if took > limit {
+		return fmt.Errorf("it took %v", took.Round(time.Second))
+	}
+	return nil
+}
+
+// nothingLeft kills what is still there and says so.
+func (d *demo) nothingLeft() error {
+	pids, err := d.leftOver()
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	if len(pids) > 0 {
+		return fmt.Errorf("processes %v were", pids)
+	}
+	return nil
 }
 
 // play runs the acts in order. An act that can't go on ends the show: what

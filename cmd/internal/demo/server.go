@@ -33,7 +33,7 @@ func (s *stage) newServer(ctx context.Context, name string) (*server, error) {
 		return nil, err
 	}
 	cnf := fmt.Sprintf(`[mariadbd]
-user=root
+user=%[4]s
 datadir=%[1]s/data
 socket=%[1]s/mysqld.sock
 pid-file=%[1]s/mysqld.pid
@@ -51,14 +51,14 @@ server-id=1
 skip-name-resolve
 performance-schema=OFF
 !includedir %[1]s/conf.d
-`, v.dir, v.port, s.so)
+`, v.dir, v.port, s.so, s.user)
 	if err := os.WriteFile(v.cnf(), []byte(cnf), 0o644); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(filepath.Join(v.dir, "tmp"), 0o755); err != nil {
 		return nil, err
 	}
-	_, err = s.quiet(ctx, nil, "mariadb-install-db", "--no-defaults", "--user=root",
+	_, err = s.quiet(ctx, nil, "mariadb-install-db", "--no-defaults", "--user="+s.user,
 		"--datadir="+v.data(), "--auth-root-authentication-method=normal", "--skip-test-db")
 	return v, err
 }
@@ -78,6 +78,7 @@ func (v *server) start(ctx context.Context) error {
 	cfg := mysql.NewConfig()
 	cfg.User, cfg.Net, cfg.Addr = "root", "unix", v.socket()
 	cfg.MultiStatements = true
+	cfg.Logger = &mysql.NopLogger{} // a killed server is part of the show
 	conn, err := mysql.NewConnector(cfg)
 	if err != nil {
 		return err

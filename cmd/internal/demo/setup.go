@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/keyward/keyward/connector"
 )
 
 // A demo is the cast: the stage, the servers and what later acts need of
@@ -20,6 +22,7 @@ type demo struct {
 	softhsm []string // environment that points at the token
 	kms     *process
 	agent   *process
+	metrics string // address of the agent's figures
 	db      *server
 	secrets [][]byte // what no stolen file may hold: PIN, DEKs, rows
 	rows    int      // rows acknowledged in shop.orders
@@ -165,7 +168,7 @@ func (d *demo) register(ctx context.Context) error {
 		"--token-file", d.path("shop.token"), "--server-socket", d.db.socket(),
 		"--server-config-dir", d.path("db", "conf.d"), "--agent-config", d.path("agent", "agent.json"),
 		"--agent-state", d.path("agent", "state"), "--host-secret-file", d.path("hostsecret", "secret"),
-		"--socket", d.path("run", "agent.sock"), "--server-user", "root", "--start-agent", "spawn")
+		"--socket", d.path("run", "agent.sock"), "--server-user", d.user, "--start-agent", "spawn")
 	d.check("the DBA registers the server; an encrypted table proves it", err)
 	if err != nil {
 		return err
@@ -174,7 +177,7 @@ func (d *demo) register(ctx context.Context) error {
 	_, again := d.quiet(ctx, nil, "keyward", "plugin", "register", "mariadb", "--token-file", d.path("shop.token"),
 		"--server-socket", d.db.socket(), "--server-config-dir", d.mkdir("mallory"), "--agent-config", d.path("mallory", "agent.json"),
 		"--agent-state", d.path("mallory", "state"), "--host-secret-file", d.path("mallory.secret"),
-		"--socket", d.path("mallory", "agent.sock"), "--server-user", "root", "--start-agent", "none")
+		"--socket", d.path("mallory", "agent.sock"), "--server-user", d.user, "--start-agent", "none")
 	d.check("the token file is spent: a second enrolment is refused", refused(again, "denied"))
 	if err := d.adoptAgent(ctx); err != nil {
 		return err
@@ -204,7 +207,31 @@ func (d *demo) adoptAgent(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	if err := d.exposeMetrics(); err != nil {
+		return err
+	}
 	return d.startAgent(ctx)
+}
+
+// exposeMetrics has the agent show its figures on a loopback port, as an
+// operator with Prometheus would.
+func (d *demo) exposeMetrics() error {
+	name := d.path("agent", "agent.json")
+	c, err := connector.ReadAgentFile(name)
+	if err != nil {
+		return err
+	}
+	port, err := freePort()
+	if err != nil {
+		return err
+	}
+	d.metrics = fmt.Sprintf("127.0.0.1:%d", port)
+	c.MetricsListen = d.metrics
+	b, err := c.Encode()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(name, b, 0o600)
 }
 
 func (d *demo) startAgent(ctx context.Context) error {

@@ -10,7 +10,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,7 +25,9 @@ type stage struct {
 	dir string // everything lives below it
 	bin string // the built programs
 	so  string // directory of the built plugin
-	out io.Writer
+
+	user string // the account that runs all this, servers included
+	out  io.Writer
 
 	ok, failed int
 
@@ -45,6 +49,10 @@ func newStage(out io.Writer) (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
+	me, err := user.Current()
+	if err != nil {
+		return nil, err
+	}
 	// The servers' Unix sockets must fit in 107 bytes, so the path is short.
 	dir, err := os.MkdirTemp("/var/tmp", "keyward-demo-")
 	if err != nil {
@@ -54,7 +62,8 @@ func newStage(out io.Writer) (*stage, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, err
 	}
-	return &stage{dir: dir, bin: filepath.Join(self, "bin"), so: filepath.Join(self, "plugins/mariadb/build"), out: out}, nil
+	return &stage{dir: dir, bin: filepath.Join(self, "bin"), so: filepath.Join(self, "plugins/mariadb/build"),
+		user: me.Username, out: out}, nil
 }
 
 func (s *stage) path(elem ...string) string {
@@ -186,6 +195,30 @@ func (s *stage) stopAll() {
 	for i := len(s.procs) - 1; i >= 0; i-- {
 		s.procs[i].stop(syscall.SIGTERM)
 	}
+}
+
+// leftOver returns the processes, ours apart, whose arguments name the stage:
+// nothing of a demonstration may go on after it.
+func (s *stage) leftOver() ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		args, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		if bytes.Contains(args, []byte(s.dir)) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
 }
 
 // await calls probe until it succeeds, p ends or the time is up.
