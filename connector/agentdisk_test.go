@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -95,9 +97,14 @@ func (l *logbook) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l,
 // metricsOf reads the agent's metrics.
 func (h *host) metricsOf() string {
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", h.cfg.MetricsListen)
-	}, DisableKeepAlives: true}}
+		for { // the agent opens it after the other socket
+			c, err := new(net.Dialer).DialContext(ctx, "unix", h.cfg.MetricsListen)
+			if err == nil || ctx.Err() != nil {
+				return c, err
+			}
+			runtime.Gosched()
+		}
+	}, DisableKeepAlives: true}, Timeout: 10 * time.Second}
 	resp, err := client.Get("http://agent/metrics")
 	if err != nil {
 		h.t.Fatal(err)
