@@ -128,7 +128,7 @@ func (r runner) running() int {
 		return 0
 	}
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !bytes.Contains(line, append([]byte(r.config), 0)) {
+	if err != nil || !bytes.Contains(line, []byte("--config\x00"+r.config+"\x00")) {
 		return 0
 	}
 	return pid

@@ -8,6 +8,7 @@ var (
 	FirstStage    = firstStage
 	FinalStage    = finalStage
 	WriteFile     = writeFile
+	LastWords     = lastKeywardLine
 )
 
 const MaxDSNBytes = maxDSNBytes

@@ -317,7 +317,8 @@ func fileSize(path string) int64 {
 	return st.Size()
 }
 
-// lastKeywardLine finds the plugin's own words in the server's log.
+// lastKeywardLine finds the plugin's own words in the server's log; long ones
+// stand on several lines, those after the first begin with "...".
 func lastKeywardLine(path string, begin int64) string {
 	b, err := os.ReadFile(path)
 	if err != nil || int64(len(b)) <= begin {
@@ -325,7 +326,10 @@ func lastKeywardLine(path string, begin int64) string {
 	}
 	found := ""
 	for line := range strings.Lines(string(b[begin:])) {
-		if _, text, ok := strings.Cut(line, "keyward: "); ok {
+		_, text, ok := strings.Cut(line, "keyward: ")
+		if more, goesOn := strings.CutPrefix(strings.TrimSpace(text), "..."); ok && goesOn {
+			found += " " + strings.TrimSpace(more)
+		} else if ok {
 			found = strings.TrimSpace(text)
 		}
 	}

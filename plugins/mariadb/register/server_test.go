@@ -5,10 +5,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/keyward/keyward/connector"
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/plugins/mariadb/mariadbtest"
 	"github.com/keyward/keyward/plugins/mariadb/register"
@@ -176,6 +178,32 @@ func TestInstallBesideAnother(t *testing.T) {
 	r := newRig(t, "--plugin-load-add=file_key_management", "--file-key-management-filename="+keys)
 	if _, err := r.Install(t.Context(), register.DefaultPluginFile); !errors.Is(err, dek.ErrExists) {
 		t.Errorf("got %v, want %v", err, dek.ErrExists)
+	}
+	refusedWhole(t, r)
+}
+
+// refusedWhole: the whole registration refuses before it touches anything, the
+// one-time token included.
+func refusedWhole(t *testing.T, r rig) {
+	t.Helper()
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	token := connector.TokenFile{Endpoints: []string{"127.0.0.1:1"}, CAFingerprint: strings.Repeat("ab", 32), Principal: "host/shop",
+		Expires: time.Now().Add(time.Hour), Instance: "shop", Kind: "mariadb", Vault: "shop", Keyrings: []string{"system"},
+		Token: connector.NewSecretText("spent-never")}
+	if err := errors.Join(token.Save(in("token")), os.Mkdir(in("conf.d"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := register.Run(t.Context(), register.Config{TokenFile: in("token"), Login: register.Login{Socket: r.server.Socket()},
+		ServerUser: strconv.Itoa(os.Geteuid()), ConfigDir: in("conf.d"), PluginFile: register.DefaultPluginFile, AgentConfig: in("a/agent.json"),
+		AgentState: in("a/state"), HostSecretFile: in("secret/host"), AgentSocket: in("sock"), Start: register.StartNone})
+	if !errors.Is(err, dek.ErrExists) || !strings.Contains(err.Error(), "file_key_management") {
+		t.Errorf("got %v, want %v that names the other plugin", err, dek.ErrExists)
+	}
+	for _, name := range []string{"a", "secret", "sock", "conf.d/90-keyward.cnf"} {
+		if _, err := os.Stat(in(name)); err == nil {
+			t.Errorf("%s was made", name)
+		}
 	}
 }
 

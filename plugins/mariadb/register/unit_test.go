@@ -231,3 +231,24 @@ esac`)
 		t.Errorf("blank in a path: got %v, want %v", err, dek.ErrInvalid)
 	}
 }
+
+// TestLastWords: what the plugin said last is quoted whole, however many lines
+// the server made of it.
+func TestLastWords(t *testing.T) {
+	const old = "0 [ERROR] mariadbd: keyward: old news\n"
+	for _, c := range []struct{ name, log, want string }{
+		{"one line", "0 [ERROR] mariadbd: keyward: cannot start: denied\n0 [ERROR] Plugin 'keyward' init function returned error.\n", "cannot start: denied"},
+		{"three lines", "0 [Warning] mariadbd: keyward: trying\n0 [ERROR] mariadbd: keyward: cannot start: no answer from\n0 [ERROR] mariadbd: keyward: ... kms1:7443: start\n0 [ERROR] mariadbd: keyward: ... it\n",
+			"cannot start: no answer from kms1:7443: start it"},
+		{"nothing new", "", "see the server's error log"},
+		{"other words", "0 [Note] ready\n", "see the server's error log"},
+	} {
+		log := filepath.Join(t.TempDir(), "error.log")
+		if err := os.WriteFile(log, []byte(old+c.log), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := register.LastWords(log, int64(len(old))); !strings.Contains(got, c.want) || strings.Contains(got, "old news") || strings.Contains(got, "...") {
+			t.Errorf("%s: got %q, want %q", c.name, got, c.want)
+		}
+	}
+}
