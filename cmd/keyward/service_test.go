@@ -57,19 +57,28 @@ type journal struct{ *audit.Log }
 func (j journal) Read(ctx context.Context, q rpc.AuditQuery, f func(uint64, []byte) error) error {
 	filter := audit.Filter{From: q.From, Since: q.After, Till: q.Before, Principal: q.Principal, To: j.Size(),
 		Operation: kms.Operation(q.Operation), Object: q.Object}
-	for r, err := range j.Records(ctx, filter) {
-		if err == nil {
-			err = f(r.Seq, r.Bytes)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		for r, err := range j.Records(ctx, filter) {
+			if err == nil {
+				err = f(r.Seq, r.Bytes)
+			}
+			if err != nil {
+				return err
+			}
 		}
-		if err != nil {
-			return err
+		if !q.Follow {
+			return nil
+		}
+		for filter.From = filter.To + 1; filter.To < filter.From; filter.To = j.Size() {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-tick.C:
+			}
 		}
 	}
-	if q.Follow {
-		<-ctx.Done()
-		return ctx.Err()
-	}
-	return nil
 }
 
 // startService runs a key service until the test ends.
