@@ -23,7 +23,7 @@ func (r SetEnabled) outcome() (from, to State, notice NoticeKind) {
 }
 
 // SetKeyEnabled switches versions of a master key off or on. Off holds before
-// it returns: nothing under them is unwrapped by calls that begin later.
+// it returns: no call returns a key under them later, whenever it began.
 // Connected instances are told; the Effect names those that are not connected.
 // It wraps dek.ErrInvalid, dek.ErrDenied, dek.ErrNotFound (key or version),
 // dek.ErrUnavailable (not known: ask Key, then try again).
@@ -59,6 +59,7 @@ func (s *Service) SetKeyEnabled(ctx context.Context, c Caller, req SetEnabled) (
 		if err != nil {
 			return err
 		}
+		s.settle()
 		out = s.hub.tell(s.view.Load(), req.Vault, s.view.Load().ringsUnder(req.Vault, req.Name, touched), notice)
 		return nil
 	})
@@ -93,6 +94,7 @@ func (s *Service) SetKeyringEnabled(ctx context.Context, c Caller, req SetEnable
 		if err != nil {
 			return err
 		}
+		s.settle()
 		out = s.hub.tell(s.view.Load(), req.Vault, []string{req.Name}, notice)
 		return nil
 	})

@@ -254,6 +254,7 @@ func (s *Service) RevokeIdentity(ctx context.Context, c Caller, principal string
 			return v.denyMuts(principal, &deniedRecord{s.now(), c.Principal}), nil
 		})
 		if err == nil {
+			s.settle()
 			s.hub.revoke(s.view.Load(), func(_ string, inst *instanceRecord) bool { return inst.Principal == principal })
 		}
 		return err

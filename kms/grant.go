@@ -112,6 +112,7 @@ func (s *Service) RemoveGrant(ctx context.Context, c Caller, g Grant) error {
 			return []mut{m}, nil
 		})
 		if err == nil {
+			s.settle()
 			s.tellGrant(g, NoticeDisabled)
 		}
 		return err

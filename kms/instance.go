@@ -178,6 +178,7 @@ func (s *Service) RevokeInstance(ctx context.Context, c Caller, name string) err
 			return append(v.denyMuts(rec.Principal, &deniedRecord{s.now(), c.Principal}), mut{prefixInst + name, &next}), nil
 		})
 		if err == nil {
+			s.settle()
 			s.hub.revoke(s.view.Load(), func(n string, _ *instanceRecord) bool { return n == name })
 		}
 		return err

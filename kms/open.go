@@ -16,7 +16,7 @@ import (
 )
 
 // A Service is the key service of one installation. All methods may be called
-// concurrently. Unwraps read one immutable view and wait for nobody's change.
+// concurrently. Unwraps read one immutable view and do not wait for the store.
 type Service struct {
 	cfg   Config
 	audit Auditor
@@ -31,6 +31,8 @@ type Service struct {
 	sealUses sync.Map                    // vault -> *sealUse
 	halted   atomic.Pointer[haltedError] // why nothing is served any more
 	logged   atomic.Uint64               // largest audit sequence seen
+
+	gate sync.RWMutex // keys on their way out: gate.go
 
 	mu sync.Mutex // one writer
 	w  *writer    // guarded by mu

@@ -42,6 +42,8 @@ func (s *Service) Unwrap(ctx context.Context, c Caller, w dek.Wrapped) (*dek.Key
 
 // A ticket is an unwrap that the rules and the outer layer let through.
 type ticket struct {
+	caller Caller
+	view   *view // that it was decided on, or an older one
 	rule   string
 	header dek.Header
 	inner  []byte
@@ -50,7 +52,8 @@ type ticket struct {
 // admit decides on one wrapped DEK without a device.
 func (s *Service) admit(c Caller, w dek.Wrapped) (ticket, error) {
 	id := w.ID()
-	t := ticket{}
+	v := s.view.Load()
+	t := ticket{caller: c, view: v}
 	var err error
 	if t.rule, err = s.decide(c, OpKeyringUnwrap, ringScope(id.Vault, id.Keyring)); err != nil {
 		return t, err
@@ -59,9 +62,7 @@ func (s *Service) admit(c Caller, w dek.Wrapped) (ticket, error) {
 		t.rule = "locked out after too many bad ciphertexts"
 		return t, dek.ErrDenied
 	}
-	v := s.view.Load()
-	r := v.ring(id.Vault, id.Keyring)
-	if r == nil {
+	if v.ring(id.Vault, id.Keyring) == nil {
 		t.rule = "no such keyring"
 		return t, dek.ErrDenied
 	}
@@ -177,11 +178,13 @@ func (s *Service) openWrapped(ctx context.Context, v *view, w dek.Wrapped) (*dek
 	return s.decrypt(ctx, h, inner)
 }
 
-// conclude looks at the states once more (they may have been switched off
-// meanwhile), records the outcome and hands the key out.
+// conclude looks at the rules once more, records the outcome and hands the key
+// out, all inside the gate: what it records is what happens.
 func (s *Service) conclude(ctx context.Context, a *act, t ticket, k *dek.Key, err error) (*dek.Key, error) {
+	s.gate.RLock()
+	defer s.gate.RUnlock()
 	if err == nil {
-		_, err = s.view.Load().usable(t.header)
+		a.ev.Rule, err = s.still(t)
 	}
 	if err == nil {
 		err = s.ready()
@@ -223,6 +226,9 @@ func (s *Service) UnwrapBatch(ctx context.Context, c Caller, ws []dek.Wrapped) (
 	}
 	keys := make([]*dek.Key, len(ws))
 	s.decryptAll(ctx, tickets, keys, errs)
+	s.gate.RLock()
+	defer s.gate.RUnlock()
+	s.dropLost(tickets, keys, errs)
 	a.ev.Note = summary(ws, errs)
 	if err := a.end(ctx, s.ready()); err != nil {
 		for _, k := range keys {
@@ -250,6 +256,19 @@ func (s *Service) admitAll(ctx context.Context, c Caller, ws []dek.Wrapped) ([]t
 	return tickets, errs, rule
 }
 
+// dropLost takes back the keys whose right was lost since they were admitted.
+func (s *Service) dropLost(tickets []ticket, keys []*dek.Key, errs []error) {
+	for i, t := range tickets {
+		if errs[i] != nil {
+			continue
+		}
+		if _, err := s.still(t); err != nil {
+			keys[i].Destroy()
+			keys[i], errs[i] = nil, err
+		}
+	}
+}
+
 func refused(errs []error) bool {
 	for _, err := range errs {
 		if err == nil {
@@ -267,13 +286,6 @@ func (s *Service) decryptAll(ctx context.Context, tickets []ticket, keys []*dek.
 		wg.Go(func() {
 			for i := range next {
 				keys[i], errs[i] = s.decrypt(ctx, tickets[i].header, tickets[i].inner)
-				if errs[i] != nil {
-					continue
-				}
-				if _, err := s.view.Load().usable(tickets[i].header); err != nil {
-					keys[i].Destroy()
-					keys[i], errs[i] = nil, err
-				}
 			}
 		})
 	}
