@@ -80,6 +80,49 @@ func TestSession(t *testing.T) {
 	}
 }
 
+// TestThreads lives lives under ThreadSanitizer with an agent that rolls,
+// denies and breaks off all the time.
+func TestThreads(t *testing.T) {
+	t.Parallel()
+	if _, err := template(); err != nil {
+		t.Skip(err)
+	}
+	if _, err := mariadbtest.BuildPlugin(t.Context(), ".", "tsan"); err != nil {
+		t.Fatal(err)
+	}
+	a := newAgent(t, newDir(t))
+	lists := 0 // used under the agent's lock
+	a.SetFault(func(q mariadbtest.Request) mariadbtest.Fault {
+		if q.Op == mariadbtest.OpList {
+			lists++
+		}
+		return mariadbtest.Fault{Close: q.Op == mariadbtest.OpList && lists%20 == 0}
+	})
+	cmd := exec.CommandContext(t.Context(), "build/harness-tsan", "session", a.Path(), "60")
+	// it does not know pthread_mutex_clocklock
+	cmd.Env = append(os.Environ(), "TSAN_OPTIONS=report_mutex_bugs=0")
+	ended := make(chan struct{})
+	go func() {
+		tick := time.NewTicker(3 * time.Millisecond)
+		defer tick.Stop()
+		for state := byte(mariadbtest.StateActive); ; state ^= mariadbtest.StateActive ^ mariadbtest.StateDenied {
+			a.Roll(1)
+			a.SetState(2, state)
+			select {
+			case <-ended:
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	out, err := cmd.CombinedOutput()
+	close(ended)
+	if err != nil {
+		t.Fatalf("harness: %v\n%s", err, out)
+	}
+	t.Log(strings.TrimSpace(string(out)))
+}
+
 // mutate changes a frame in one to three places, or its length.
 func mutate(b []byte, seed uint64) []byte {
 	r := rand.New(rand.NewPCG(seed, seed))

@@ -5,19 +5,30 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 )
 
 // PluginName is the file name of the MariaDB plugin.
 const PluginName = "keyward_key_management.so"
 
-// BuildPlugin runs make target ("all", "asan") in dir, the folder
+// BuildPlugin runs make target ("all", "asan", "tsan") in dir, the folder
 // plugins/mariadb of the source tree, and returns the path of the plugin that
 // the target makes.
 func BuildPlugin(ctx context.Context, dir, target string) (string, error) {
+	// packages are tested at the same time, and make knows nothing of another make
+	lock, err := os.Open(dir)
+	if err != nil {
+		return "", fmt.Errorf("mariadbtest: %w", err)
+	}
+	defer lock.Close() // ends the lock
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return "", fmt.Errorf("mariadbtest: lock %s: %w", dir, err)
+	}
 	out, err := exec.CommandContext(ctx, "make", "-s", "-C", dir, target).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("mariadbtest: make %s: %w: %s", target, err, tail(out))

@@ -405,18 +405,18 @@ bool kw_threads_start(void) {
   sigset_t all, old;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &old);
-  s.running = pthread_create(&s.thread, NULL, refresher, NULL) == 0;
-  bool ok = s.running && kw_poke_start();
+  /* the refresher uses the other one: that starts before it and ends after it */
+  s.running = kw_poke_start() && pthread_create(&s.thread, NULL, refresher, NULL) == 0;
   pthread_sigmask(SIG_SETMASK, &old, NULL);
-  return ok;
+  return s.running;
 }
 
 void kw_threads_stop(void) {
   uint64_t one = 1;
-  kw_poke_stop();
   if (s.running && write(s.wake, &one, sizeof one) == sizeof one)
     pthread_join(s.thread, NULL);
   s.running = false;
+  kw_poke_stop();
 }
 
 void kw_session_close(void) {
