@@ -56,7 +56,9 @@ type Notice struct {
 // Watch calls f with every change that concerns the instance until ctx ends,
 // and returns its error. Calls of f never overlap. A stream that breaks is
 // opened again, at another endpoint if need be, with back-off from 50 ms to
-// 30 s; f is told Lost or Denied once and Connected when it is up again.
+// 30 s; f is told Lost each time that no endpoint could be reached (other calls
+// may have come through meanwhile), Denied once, and Connected when the stream
+// is up again.
 func (c *Client) Watch(ctx context.Context, instance string, f func(Notice)) error {
 	delay := firstRetry
 	var told NoticeKind
@@ -78,7 +80,7 @@ func (c *Client) Watch(ctx context.Context, instance string, f func(Notice)) err
 			kind, longest = NoticeDenied, deniedRetry
 		}
 		lastOfRound := (n+1)%len(order) == 0
-		if told != kind && (lastOfRound || kind == NoticeDenied) {
+		if kind == NoticeLost && lastOfRound || kind == NoticeDenied && told != kind {
 			told = kind
 			f(Notice{Kind: kind, Err: err})
 		}
