@@ -76,7 +76,7 @@ func NewClient(cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg}
 	for _, addr := range cfg.Endpoints {
-		e, err := newEndpoint(addr, cfg.Identity, cfg.Dial)
+		e, err := newEndpoint(addr, &cfg)
 		if err != nil {
 			return nil, errors.Join(err, c.Close())
 		}

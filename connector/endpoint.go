@@ -70,12 +70,12 @@ type endpoint struct {
 	closed bool
 }
 
-func newEndpoint(addr string, identity *Identity, dial func(context.Context, string) (net.Conn, error)) (*endpoint, error) {
+func newEndpoint(addr string, c *Config) (*endpoint, error) {
 	e := &endpoint{addr: addr}
 	e.open = func() (*link, error) {
 		conn, err := grpc.NewClient("passthrough:///"+addr,
-			grpc.WithTransportCredentials(credentialsOf(identity)),
-			grpc.WithContextDialer(dialer(dial)),
+			grpc.WithTransportCredentials(credentialsOf(c.Identity, c.Now)),
+			grpc.WithContextDialer(dialer(c.Dial)),
 			grpc.WithIdleTimeout(0), // kept: a handshake costs a millisecond of CPU
 			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveAfter, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes), grpc.MaxCallSendMsgSize(maxMessageBytes)),

@@ -66,7 +66,7 @@ func Enroll(ctx context.Context, t TokenFile, o EnrollOptions) (*Identity, error
 		now = o.Now
 	}
 	if now().After(t.Expires) {
-		return nil, fmt.Errorf("%w: enrol: the token ended at %s: ask for a new one", dek.ErrDenied, t.Expires.Format(time.RFC3339))
+		return nil, fmt.Errorf("%w: enrol: the token ended at %s and the clock of this host says %s: ask for a new one, or set the clock", dek.ErrDenied, stamp(t.Expires), stamp(now()))
 	}
 	i, err := prepareIdentity(o)
 	if err != nil {
@@ -233,12 +233,13 @@ func (p *pinnedServer) verify(s tls.ConnectionState) error {
 	if !found {
 		return errForeignServer
 	}
-	opts := x509.VerifyOptions{Roots: roots, Intermediates: inter, DNSName: p.host, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	now := time.Now()
 	if p.now != nil {
-		opts.CurrentTime = p.now()
+		now = p.now()
 	}
+	opts := x509.VerifyOptions{Roots: roots, Intermediates: inter, DNSName: p.host, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, CurrentTime: now}
 	if _, err := s.PeerCertificates[0].Verify(opts); err != nil {
-		return fmt.Errorf("server certificate: %w", err)
+		return fmt.Errorf("server certificate: %w", explainClock(err, now))
 	}
 	return nil
 }

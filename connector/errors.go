@@ -96,6 +96,9 @@ func decodeError(ctx context.Context, op, endpoint string, err error) error {
 	e.Detail = s.Message()
 	if errors.Is(e.Class, dek.ErrUnavailable) {
 		e.Detail = explainTransport(s)
+		if s.Code() == codes.Unauthenticated {
+			e.Detail = expiredHint
+		}
 		if c := context.Cause(ctx); c != nil {
 			e.Cause = c
 		}
@@ -146,10 +149,12 @@ func explainTransport(s *status.Status) string {
 	return msg
 }
 
+// expiredHint is for the one answer that is neither a no nor a sick service.
+const expiredHint = "by its clock the key service takes this identity's certificate for ended: compare the clocks of both hosts; if they are right, the certificate is renewed within 30 days of its end, later enrol again"
+
 var transportHints = []struct{ sign, hint string }{
 	{"unknown authority", "the server's certificate is not signed by the CA this identity was enrolled with: check the endpoint, or enrol again with a new token file"},
 	{"certificate is valid for", "the server's certificate does not name this endpoint: use one of its names, or add the name to the key service's configuration"},
-	{"certificate has expired", "a certificate ended, or a clock is wrong: compare the clocks of both hosts"},
 	{"remote error: tls", "the key service refused this identity's certificate: check that it was not revoked and that the clocks agree, or enrol again"},
 	{"connection refused", "nothing listens there: start the key service or correct the endpoint"},
 	{"no such host", "the name does not resolve: correct the endpoint or the DNS"},

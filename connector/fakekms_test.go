@@ -80,8 +80,13 @@ func (ca *testCA) issue(pub crypto.PublicKey, cn string, usage x509.ExtKeyUsage,
 }
 
 func (ca *testCA) serverTLS(t testing.TB, usage x509.ExtKeyUsage) *tls.Config {
+	return ca.serverTLSAt(t, usage, time.Now())
+}
+
+// serverTLSAt makes the certificate of a service whose clock says now.
+func (ca *testCA) serverTLSAt(_ testing.TB, usage x509.ExtKeyUsage, now time.Time) *tls.Config {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	der := must(ca.issue(key.Public(), "kms", usage, time.Now().Add(-time.Hour), time.Now().Add(time.Hour)))
+	der := must(ca.issue(key.Public(), "kms", usage, now.Add(-time.Hour), now.Add(time.Hour)))
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13, ClientAuth: tls.RequestClientCert,
 		Certificates: []tls.Certificate{{Certificate: [][]byte{der, ca.cert.Raw}, PrivateKey: key}},
@@ -112,6 +117,7 @@ type fakeKMS struct {
 	entered    chan string // names of calls as they begin
 	token      string
 	lifetime   time.Duration
+	clock      time.Duration                                 // of the service, off by this
 	act        func(method string, request any) (any, error) // answers single calls, if it is set
 	actStream  func(method string) error                     // and streams
 
@@ -324,9 +330,9 @@ func (k *fakeKMS) certify(csr []byte, principal string) (*kmspb.EnrollResponse, 
 		return nil, reason(codes.InvalidArgument, "INVALID")
 	}
 	k.mu.Lock()
-	life := k.lifetime
+	life, now := k.lifetime, time.Now().Add(k.clock)
 	k.mu.Unlock()
-	der, err := k.ca.issue(req.PublicKey, principal, x509.ExtKeyUsageClientAuth, time.Now().Add(-life/10), time.Now().Add(life))
+	der, err := k.ca.issue(req.PublicKey, principal, x509.ExtKeyUsageClientAuth, now.Add(-life/10), now.Add(life))
 	if err != nil {
 		return nil, err
 	}

@@ -219,13 +219,14 @@ func (*Identity) MarshalText() ([]byte, error) {
 
 // tlsConfig is built for each handshake, so that a renewed certificate and new
 // roots count from the next connection on.
-func (i *Identity) tlsConfig() *tls.Config {
+func (i *Identity) tlsConfig(now func() time.Time) *tls.Config {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	cert := i.cert
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		RootCAs:    i.pool, // the system's roots do not count
+		Time:       now,
 		// An expired certificate is presented too: the service accepts it for
 		// a renewal only.
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
@@ -233,12 +234,21 @@ func (i *Identity) tlsConfig() *tls.Config {
 }
 
 // credentialsOf adapts i to gRPC.
-func credentialsOf(i *Identity) credentials.TransportCredentials { return liveCredentials{i} }
+func credentialsOf(i *Identity, now func() time.Time) credentials.TransportCredentials {
+	return liveCredentials{i, now}
+}
 
-type liveCredentials struct{ identity *Identity }
+type liveCredentials struct {
+	identity *Identity
+	now      func() time.Time
+}
 
 func (c liveCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return credentials.NewTLS(c.identity.tlsConfig()).ClientHandshake(ctx, authority, conn)
+	secured, info, err := credentials.NewTLS(c.identity.tlsConfig(c.now)).ClientHandshake(ctx, authority, conn)
+	if err != nil {
+		return nil, nil, explainClock(err, c.now())
+	}
+	return secured, info, nil
 }
 
 func (c liveCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -170,6 +170,9 @@ func (c *Client) RenewIdentity(ctx context.Context) error {
 	if resp.GetPrincipal() != i.Principal() {
 		return fmt.Errorf("%w: renew: certified as %q instead of %q", dek.ErrAuth, resp.GetPrincipal(), i.Principal())
 	}
+	if err := checkRenewed(resp.GetCertificate(), c.cfg.Now()); err != nil {
+		return fmt.Errorf("renew: %w", err)
+	}
 	if err := i.replace(key, resp, i.Principal(), i.Endpoints()); err != nil {
 		return fmt.Errorf("renew: %w", err)
 	}
@@ -205,9 +208,15 @@ func (c *Client) KeepRenewed(ctx context.Context) {
 		done, err := c.RenewIfDue(ctx)
 		if err == nil {
 			delay = shortest
+			_, until := c.cfg.Identity.Validity()
 			if done {
-				_, until := c.cfg.Identity.Validity()
 				c.cfg.Logger.Info("certificate renewed", "principal", c.cfg.Identity.Principal(), "until", until)
+			}
+			if c.untilRenewal(longest) == 0 { // or this would go round as fast as the service answers
+				c.cfg.Logger.Warn("the new certificate is due for renewal already: compare the clocks of this host and the key service", "until", until)
+				if !sleep(ctx, longest) {
+					return
+				}
 			}
 			continue
 		}
