@@ -46,10 +46,12 @@ test: deps build
 race:
 	$(MAKE) test TESTFLAGS=-race
 
-# Every fuzz target for FUZZTIME each.
+# Every fuzz target of FUZZPKGS for FUZZTIME each. CI takes the formats that a
+# customer's data hangs on; their seeds run everywhere as ordinary tests.
 FUZZTIME ?= 10s
+FUZZPKGS ?= ./...
 fuzz:
-	@set -e; for pkg in $$($(GO) list ./...); do \
+	@set -e; for pkg in $$($(GO) list $(FUZZPKGS)); do \
 	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "fuzz $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg; done; done
 
