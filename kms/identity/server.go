@@ -163,11 +163,15 @@ func (a *Authority) ServerCertificate(*tls.ClientHelloInfo) (*tls.Certificate, e
 // ServerNotAfter returns the end of the certificate that the server shows.
 func (a *Authority) ServerNotAfter() time.Time { return a.server.Load().cert.Leaf.NotAfter }
 
+// lookEvery is how often Run looks whether the certificate is due: one that
+// was made while the clock was wrong is replaced so soon after it was set.
+const lookEvery = time.Minute
+
 // Run renews the server's certificate when it is due, until ctx ends. A
 // renewal that fails is logged and tried again: the old certificate has two
 // thirds of its life left.
 func (a *Authority) Run(ctx context.Context) {
-	every := min(a.config.ServerLifetime/60, time.Hour)
+	every := min(a.config.ServerLifetime/60, lookEvery)
 	tick := time.NewTicker(jitter(every))
 	defer tick.Stop()
 	for {

@@ -2,6 +2,7 @@ package identity
 
 import (
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"time"
 
@@ -51,7 +52,11 @@ func (a *Authority) Verify(leaf *x509.Certificate) (Peer, error) {
 		CurrentTime:   honoured(leaf, now),
 	}
 	if _, err := leaf.Verify(opts); err != nil {
-		return Peer{}, fmt.Errorf("%w: client certificate: %w", dek.ErrDenied, err)
+		hint := ""
+		if e := (x509.CertificateInvalidError{}); errors.As(err, &e) && e.Reason == x509.Expired {
+			hint = " (if it should be good, compare the clocks of both hosts)"
+		}
+		return Peer{}, fmt.Errorf("%w: client certificate: %w%s", dek.ErrDenied, err, hint)
 	}
 	principal, err := soleSubject(leaf)
 	if err != nil {
