@@ -132,6 +132,7 @@ func TestScripts(t *testing.T) {
 					e.Values[scriptT{}] = t
 					e.Values[databases{}] = map[string]*database{}
 					e.Defer(func() { endSpawned(filepath.Join(e.WorkDir, "a/state/agent.pid")) })
+					e.Setenv("GORACE", "atexit_sleep_ms=0") // with -race each program would end a second later
 					e.Setenv("KEYWARD_HOME", filepath.Join(e.WorkDir, "home"))
 					return nil
 				},
