@@ -6,12 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,103 +18,6 @@ import (
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/kms/kmspb"
 )
-
-// A host is a database host: state directory, host secret, socket.
-type host struct {
-	t   testing.TB
-	kms *fakeKMS
-	cfg connector.AgentConfig
-	a   *connector.Agent // the one that runs
-	end func()
-}
-
-func newHost(t testing.TB, kms *fakeKMS) *host {
-	dir, secret := kms.identity(t)
-	return &host{t: t, kms: kms, cfg: connector.AgentConfig{
-		Socket: filepath.Join(t.TempDir(), "run", "agent.sock"), SocketGID: -1, StateDir: dir, HostSecretFile: secret,
-		Instances: []connector.InstanceRule{{UID: uint32(os.Getuid()), Instance: "shop"}},
-		Logger:    quiet(), CallTimeout: 2 * time.Second,
-	}}
-}
-
-// start runs an agent until stop, or the end of the test.
-func (h *host) start() {
-	h.t.Helper()
-	a, err := connector.NewAgent(h.cfg)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	h.a = a
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- a.Run(ctx) }()
-	h.end = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			h.t.Errorf("agent: %v", err)
-		}
-	})
-	h.t.Cleanup(h.end)
-}
-
-func (h *host) stop() { h.end() }
-
-func (h *host) dial(p connector.Process) (*connector.Socket, error) {
-	s, err := connector.DialAgent(testContext(h.t), h.cfg.Socket, p)
-	if err == nil {
-		h.t.Cleanup(func() { _ = s.Close() })
-	}
-	return s, err
-}
-
-func (h *host) mustDial(p connector.Process) *connector.Socket {
-	h.t.Helper()
-	s, err := h.dial(p)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	return s
-}
-
-// awaitList waits, by WAIT, until the listing satisfies f.
-func awaitList(t testing.TB, s *connector.Socket, f func(connector.Listing) bool) connector.Listing {
-	t.Helper()
-	ctx := testContext(t)
-	for {
-		l, err := s.List(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if f(l) {
-			return l
-		}
-		if _, err := s.Wait(ctx, l.Generation, 10*time.Second); err != nil {
-			t.Fatalf("the list never came to what was wanted; last %+v: %v", l, err)
-		}
-	}
-}
-
-func inState(want connector.ListState) func(connector.Listing) bool {
-	return func(l connector.Listing) bool { return len(l.Keyrings) > 0 && l.Keyrings[0].State == want }
-}
-
-func getKey(t testing.TB, s *connector.Socket, id, version uint32, keyring string, v uint32) {
-	t.Helper()
-	k, err := s.Get(testContext(t), connector.ServerKey{ID: id, Version: version})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Destroy()
-	wantKey(t, k, plainKey(keyring, v))
-}
-
-func newShop(t testing.TB) (*fakeKMS, *host) {
-	kms := newFakeKMS(t, newTestCA(t, "ca"))
-	kms.addVersion("orders", 1)
-	kms.addVersion("orders", 1)
-	kms.addVersion("temp", 2)
-	return kms, newHost(t, kms)
-}
 
 func TestAgentServes(t *testing.T) {
 	kms, h := newShop(t)
@@ -183,19 +83,6 @@ func TestAgentRoll(t *testing.T) {
 	getKey(t, s, 1, 5, "orders", 3)
 }
 
-// awaitWatch waits until the agent follows changes.
-func awaitWatch(kms *fakeKMS) {
-	for {
-		kms.mu.Lock()
-		n := len(kms.watchers)
-		kms.mu.Unlock()
-		if n > 0 {
-			return
-		}
-		<-kms.entered
-	}
-}
-
 // A version whose key can't be had is not announced.
 func TestAgentAnnouncesHeldKeysOnly(t *testing.T) {
 	kms, h := newShop(t)
@@ -214,91 +101,6 @@ func TestAgentAnnouncesHeldKeysOnly(t *testing.T) {
 	l = awaitList(t, s, inState(connector.ListActive))
 	if k := l.Keyrings[0]; k.Latest != 5 {
 		t.Errorf("not announced: %+v", k)
-	}
-}
-
-// Disabled while callers run: not one key is handed out after the list says
-// so, and the cache is empty. Enabled: all is well without a restart.
-func TestAgentDisableUnderLoad(t *testing.T) {
-	kms, h := newShop(t)
-	h.start()
-	p := connector.NewProcess("mariadb", "shop")
-	s := h.mustDial(p)
-	awaitWatch(kms)
-	var phase atomic.Int64 // odd: denied; it moves before anything is enabled again
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	for range 4 {
-		c := h.mustDial(p)
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				before := phase.Load()
-				k, err := c.Get(context.Background(), connector.ServerKey{ID: 1, Version: 3})
-				switch {
-				case err == nil && before%2 == 1 && phase.Load() == before:
-					t.Error("a key was handed out after the denial")
-				case err != nil && !errors.Is(err, dek.ErrDenied):
-					t.Errorf("got %v", err)
-				}
-				k.Destroy()
-			}
-		})
-	}
-	for range 5 {
-		kms.setDisabled("orders", true)
-		l := awaitList(t, s, inState(connector.ListDenied))
-		phase.Add(1)
-		if k := l.Keyrings[0]; k.Latest != 3 || len(k.Versions) != 2 {
-			t.Errorf("a denied keyring lost versions: %+v", k)
-		}
-		if l.Keyrings[1].State != connector.ListActive {
-			t.Errorf("the other keyring: %+v", l.Keyrings[1])
-		}
-		getKey(t, s, 2, 1, "temp", 1)
-		_, err := s.Get(testContext(t), connector.ServerKey{ID: 1, Version: 1})
-		for _, word := range []string{"key 1 version 1", "acme/orders/1", kms.addr, "security officer"} {
-			if !strings.Contains(fmt.Sprint(err), word) {
-				t.Errorf("%v does not name %q", err, word)
-			}
-		}
-		if _, err := h.dial(connector.NewProcess("mariadb", "shop")); !errors.Is(err, dek.ErrDenied) {
-			t.Errorf("cold start: %v", err)
-		}
-		if warm, err := h.dial(connector.Process{Kind: "mariadb", Instance: "shop", Nonce: p.Nonce}); err != nil {
-			t.Errorf("reconnect of a running server: %v", err)
-		} else {
-			_ = warm.Close()
-		}
-		phase.Add(1)
-		kms.setDisabled("orders", false)
-		awaitList(t, s, inState(connector.ListActive))
-	}
-	close(stop)
-	wg.Wait()
-	getKey(t, s, 1, 1, "orders", 1)
-}
-
-// A revoked instance loses everything at once; that is no outage.
-func TestAgentRevoked(t *testing.T) {
-	kms, h := newShop(t)
-	h.start()
-	s := h.mustDial(connector.NewProcess("mariadb", "shop"))
-	awaitWatch(kms)
-	kms.set(func() { kms.openErr, kms.watchErr = errNo, errNo })
-	kms.notify(kmspb.Notice_KIND_REVOKED, "")
-	l := awaitList(t, s, func(l connector.Listing) bool {
-		return l.Keyrings[0].State == connector.ListDenied && l.Keyrings[1].State == connector.ListDenied
-	})
-	if len(l.Keyrings) != 2 {
-		t.Errorf("got %+v", l)
-	}
-	if _, err := s.Get(testContext(t), connector.ServerKey{ID: 2, Version: 1}); !errors.Is(err, dek.ErrDenied) {
-		t.Errorf("got %v", err)
 	}
 }
 
@@ -420,131 +222,6 @@ func TestAgentReportsUsage(t *testing.T) {
 	}
 }
 
-func TestAgentPeerCredentials(t *testing.T) {
-	_, h := newShop(t)
-	h.cfg.Instances = []connector.InstanceRule{{UID: uint32(os.Getuid()) + 4711, Instance: "shop"}}
-	h.start()
-	_, err := h.dial(connector.NewProcess("mariadb", "shop"))
-	if !errors.Is(err, dek.ErrDenied) || !strings.Contains(err.Error(), fmt.Sprint("uid ", os.Getuid())) {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestAgentChoosesInstance(t *testing.T) {
-	_, h := newShop(t)
-	uid := uint32(os.Getuid())
-	h.cfg.Instances = []connector.InstanceRule{{UID: uid, Instance: "shop"}, {UID: uid, Instance: "crm"}, {UID: uid + 1, Instance: "other"}}
-	h.start()
-	for _, tc := range []struct {
-		instance string
-		want     error
-	}{{"shop", nil}, {"crm", nil}, {"", dek.ErrInvalid}, {"other", dek.ErrDenied}, {"absent", dek.ErrDenied}} {
-		if _, err := h.dial(connector.NewProcess("mariadb", tc.instance)); !errors.Is(err, tc.want) {
-			t.Errorf("instance %q: got %v, want %v", tc.instance, err, tc.want)
-		}
-	}
-}
-
-func TestAgentConnectionLimit(t *testing.T) {
-	_, h := newShop(t)
-	h.cfg.MaxConnsPerUser = 2
-	h.start()
-	a := h.mustDial(connector.NewProcess("mariadb", "shop"))
-	h.mustDial(connector.NewProcess("mariadb", "shop"))
-	if _, err := h.dial(connector.NewProcess("mariadb", "shop")); !errors.Is(err, dek.ErrUnavailable) {
-		t.Errorf("got %v", err)
-	}
-	_ = a.Close() // also while it waits, the place is free again
-	for {
-		if s, err := h.dial(connector.NewProcess("mariadb", "shop")); err == nil {
-			_ = s.Close()
-			return
-		}
-	}
-}
-
-// A WAIT ends with its connection: a server that goes away leaves nothing.
-func TestAgentWaitHangup(t *testing.T) {
-	_, h := newShop(t)
-	h.cfg.MaxConnsPerUser = 1
-	h.start()
-	for range 3 {
-		var s *connector.Socket
-		for s == nil {
-			s, _ = h.dial(connector.NewProcess("mariadb", "shop"))
-		}
-		l := must(s.List(testContext(t)))
-		ctx, cancel := context.WithCancel(testContext(t))
-		done := make(chan error, 1)
-		go func() {
-			_, err := s.Wait(ctx, l.Generation, time.Minute)
-			done <- err
-		}()
-		cancel()
-		if err := <-done; !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v", err)
-		}
-		_ = s.Close()
-	}
-}
-
-func TestAgentSocketPlace(t *testing.T) {
-	_, h := newShop(t)
-	dir := filepath.Dir(h.cfg.Socket)
-	for _, tc := range []struct {
-		name    string
-		prepare func() error
-		want    error
-	}{
-		{"world-writable directory", func() error {
-			if err := os.Mkdir(dir, 0o700); err != nil {
-				return err
-			}
-			return os.Chmod(dir, 0o777)
-		}, dek.ErrInvalid},
-		{"a file in its place", func() error {
-			return errors.Join(os.Mkdir(dir, 0o750), os.WriteFile(h.cfg.Socket, nil, 0o600))
-		}, dek.ErrInvalid},
-		{"stale socket", func() error {
-			if err := os.Mkdir(dir, 0o750); err != nil {
-				return err
-			}
-			l, err := net.ListenUnix("unix", &net.UnixAddr{Name: h.cfg.Socket, Net: "unix"})
-			if err != nil {
-				return err
-			}
-			l.SetUnlinkOnClose(false)
-			return l.Close()
-		}, nil},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			defer os.RemoveAll(dir)
-			if err := tc.prepare(); err != nil {
-				t.Fatal(err)
-			}
-			a, err := connector.NewAgent(h.cfg)
-			if !errors.Is(err, tc.want) {
-				t.Errorf("got %v, want %v", err, tc.want)
-			}
-			if err == nil {
-				_ = a.Close()
-			}
-		})
-	}
-	t.Run("second agent", func(t *testing.T) {
-		h.start()
-		if _, err := connector.NewAgent(h.cfg); !errors.Is(err, dek.ErrExists) {
-			t.Errorf("same state: %v", err)
-		}
-		other := newHost(t, h.kms)
-		other.cfg.Socket = h.cfg.Socket
-		if _, err := connector.NewAgent(other.cfg); !errors.Is(err, dek.ErrExists) {
-			t.Errorf("same socket: %v", err)
-		}
-		h.mustDial(connector.NewProcess("mariadb", "shop")) // the first one is unharmed
-	})
-}
-
 // A copy of the state directory is no identity, and holds no key.
 func TestAgentStolenState(t *testing.T) {
 	_, h := newShop(t)
@@ -627,23 +304,4 @@ func TestAgentRenews(t *testing.T) {
 	}
 	getKey(t, s, 1, 1, "orders", 1)
 	h.mustDial(connector.NewProcess("mariadb", "shop"))
-}
-
-// Denied keys are served from memory for the grace time, shown as denied at
-// once, and dropped at its end.
-func TestAgentDenialGrace(t *testing.T) {
-	kms, h := newShop(t)
-	var ahead atomic.Int64 // the agent's clock
-	h.cfg.Now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
-	h.cfg.DenialGrace = time.Minute
-	h.start()
-	s := h.mustDial(connector.NewProcess("mariadb", "shop"))
-	awaitWatch(kms)
-	kms.setDisabled("orders", true)
-	awaitList(t, s, inState(connector.ListDenied))
-	getKey(t, s, 1, 3, "orders", 2)
-	ahead.Store(int64(2 * time.Minute))
-	if _, err := s.Get(testContext(t), connector.ServerKey{ID: 1, Version: 3}); !errors.Is(err, dek.ErrDenied) {
-		t.Errorf("after the grace time: %v", err)
-	}
 }

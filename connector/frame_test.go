@@ -135,11 +135,16 @@ func rawFrame(length uint32, op byte, seq uint32, body []byte) []byte {
 
 func goodFrame(op byte, body ...byte) []byte { return rawFrame(uint32(5+len(body)), op, 9, body) }
 
-// Malformed frames on a real socket: one clear error, then the end.
-func TestAgentMalformedFrames(t *testing.T) {
-	_, h := newShop(t)
-	h.start()
-	golden := readGolden(t)
+// A badFrames row is what a peer sends, and how many replies it gets before
+// the one error.
+type badFrames struct {
+	name    string
+	send    []byte
+	replies int
+}
+
+// malformed edits and joins the golden frames to what no peer may send.
+func malformed(golden map[string][]byte) []badFrames {
 	hello := golden["hello-cold"]
 	edit := func(f func(b []byte)) []byte {
 		b := bytes.Clone(hello)
@@ -147,11 +152,7 @@ func TestAgentMalformedFrames(t *testing.T) {
 		return b
 	}
 	after := func(b []byte) []byte { return append(bytes.Clone(hello), b...) }
-	for _, tc := range []struct {
-		name    string
-		send    []byte
-		replies int // before the error
-	}{
+	return []badFrames{
 		{"length 0", rawFrame(0, 0, 0, nil), 0},
 		{"length 4", rawFrame(4, 1, 0, nil), 0},
 		{"length 65537", rawFrame(65537, 1, 0, nil), 0},
@@ -179,7 +180,14 @@ func TestAgentMalformedFrames(t *testing.T) {
 		{"REPORT count over body", after(goodFrame(5, 0xff, 0xff)), 1},
 		{"REPORT of a time beyond time", after(goodFrame(5, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0xff, 0, 0, 0, 0, 0, 0, 0)), 1},
 		{"good, then nonsense", after(append(bytes.Clone(golden["get"]), 0, 0, 0, 1)), 2},
-	} {
+	}
+}
+
+// Malformed frames on a real socket: one clear error, then the end.
+func TestAgentMalformedFrames(t *testing.T) {
+	_, h := newShop(t)
+	h.start()
+	for _, tc := range malformed(readGolden(t)) {
 		t.Run(tc.name, func(t *testing.T) {
 			c := must(net.Dial("unix", h.cfg.Socket)).(*net.UnixConn)
 			defer c.Close()

@@ -135,57 +135,60 @@ func TestSecretsDoNotPrint(t *testing.T) {
 	}
 }
 
+// enrolments edit a good one, and say what comes of it.
+var enrolments = []struct {
+	name string
+	edit func(t *testing.T, k *fakeKMS, f *connector.TokenFile, o *connector.EnrollOptions)
+	want error
+}{
+	{"good", func(*testing.T, *fakeKMS, *connector.TokenFile, *connector.EnrollOptions) {}, nil},
+	{"a person", func(_ *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
+		o.HostSecretFile = ""
+	}, nil},
+	{"first endpoint dead", func(t *testing.T, k *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.Endpoints = []string{refusedAddress(t), k.addr}
+	}, nil},
+	{"all endpoints dead", func(t *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.Endpoints = []string{refusedAddress(t)}
+	}, dek.ErrUnavailable},
+	{"foreign service", func(t *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.CAFingerprint = connector.Fingerprint(newTestCA(t, "other").cert.Raw)
+	}, dek.ErrAuth},
+	{"key fingerprint", func(_ *testing.T, k *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.CAFingerprint = connector.Fingerprint(k.ca.cert.RawSubjectPublicKeyInfo)
+	}, nil},
+	{"wrong token", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.Token = connector.NewSecretText("guess")
+	}, dek.ErrDenied},
+	{"ended token", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.Expires = time.Now().Add(-time.Second)
+	}, dek.ErrDenied},
+	{"other principal", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
+		f.Principal = "host/db2"
+	}, dek.ErrAuth},
+	{"host secret in the directory", func(_ *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
+		o.HostSecretFile = filepath.Join(o.Dir, "host-secret")
+	}, dek.ErrInvalid},
+	{"world-readable host secret", func(t *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
+		if err := os.WriteFile(o.HostSecretFile, []byte(strings.Repeat("00", 32)), 0o644); err != nil { //nolint:gosec // the mistake
+			t.Fatal(err)
+		}
+	}, dek.ErrInvalid},
+	{"directory others write to", func(t *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
+		if err := errors.Join(os.MkdirAll(o.Dir, 0o700), os.Chmod(o.Dir, 0o777)); err != nil { //nolint:gosec // the mistake
+			t.Fatal(err)
+		}
+	}, dek.ErrInvalid},
+	{"enrolled already", func(t *testing.T, k *fakeKMS, f *connector.TokenFile, o *connector.EnrollOptions) {
+		i := must(connector.Enroll(testContext(t), *f, *o))
+		i.Close()
+		k.set(func() { k.token = secretWord })
+	}, dek.ErrExists},
+}
+
 func TestEnroll(t *testing.T) {
 	ca := newTestCA(t, "ca")
-	for _, tc := range []struct {
-		name string
-		edit func(t *testing.T, k *fakeKMS, f *connector.TokenFile, o *connector.EnrollOptions)
-		want error
-	}{
-		{"good", func(*testing.T, *fakeKMS, *connector.TokenFile, *connector.EnrollOptions) {}, nil},
-		{"a person", func(_ *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
-			o.HostSecretFile = ""
-		}, nil},
-		{"first endpoint dead", func(t *testing.T, k *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.Endpoints = []string{refusedAddress(t), k.addr}
-		}, nil},
-		{"all endpoints dead", func(t *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.Endpoints = []string{refusedAddress(t)}
-		}, dek.ErrUnavailable},
-		{"foreign service", func(t *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.CAFingerprint = connector.Fingerprint(newTestCA(t, "other").cert.Raw)
-		}, dek.ErrAuth},
-		{"key fingerprint", func(_ *testing.T, k *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.CAFingerprint = connector.Fingerprint(k.ca.cert.RawSubjectPublicKeyInfo)
-		}, nil},
-		{"wrong token", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.Token = connector.NewSecretText("guess")
-		}, dek.ErrDenied},
-		{"ended token", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.Expires = time.Now().Add(-time.Second)
-		}, dek.ErrDenied},
-		{"other principal", func(_ *testing.T, _ *fakeKMS, f *connector.TokenFile, _ *connector.EnrollOptions) {
-			f.Principal = "host/db2"
-		}, dek.ErrAuth},
-		{"host secret in the directory", func(_ *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
-			o.HostSecretFile = filepath.Join(o.Dir, "host-secret")
-		}, dek.ErrInvalid},
-		{"world-readable host secret", func(t *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
-			if err := os.WriteFile(o.HostSecretFile, []byte(strings.Repeat("00", 32)), 0o644); err != nil { //nolint:gosec // the mistake
-				t.Fatal(err)
-			}
-		}, dek.ErrInvalid},
-		{"directory others write to", func(t *testing.T, _ *fakeKMS, _ *connector.TokenFile, o *connector.EnrollOptions) {
-			if err := errors.Join(os.MkdirAll(o.Dir, 0o700), os.Chmod(o.Dir, 0o777)); err != nil { //nolint:gosec // the mistake
-				t.Fatal(err)
-			}
-		}, dek.ErrInvalid},
-		{"enrolled already", func(t *testing.T, k *fakeKMS, f *connector.TokenFile, o *connector.EnrollOptions) {
-			i := must(connector.Enroll(testContext(t), *f, *o))
-			i.Close()
-			k.set(func() { k.token = secretWord })
-		}, dek.ErrExists},
-	} {
+	for _, tc := range enrolments {
 		t.Run(tc.name, func(t *testing.T) {
 			k := newFakeKMS(t, ca)
 			f, o := k.tokenFile(), connector.EnrollOptions{Dir: filepath.Join(t.TempDir(), "state"), HostSecretFile: filepath.Join(t.TempDir(), "secret")}
