@@ -83,6 +83,29 @@ func TestAgentRoll(t *testing.T) {
 	getKey(t, s, 1, 5, "orders", 3)
 }
 
+// A change of which no notice came is seen at the refresh time.
+func TestAgentRefresh(t *testing.T) {
+	kms, h := newShop(t)
+	h.cfg.Refresh = 20 * time.Millisecond
+	h.start()
+	s := h.mustDial(connector.NewProcess("mariadb", "shop"))
+	awaitWatch(kms)
+	kms.addVersion("orders", 1)
+	awaitList(t, s, func(l connector.Listing) bool { return l.Keyrings[0].Latest == 5 })
+	getKey(t, s, 1, 5, "orders", 3)
+	kms.set(func() {
+		kms.disabled["temp"] = true
+		kms.generation++
+	})
+	l := awaitList(t, s, func(l connector.Listing) bool { return l.Keyrings[1].State == connector.ListDenied })
+	if l.Keyrings[0].State != connector.ListActive {
+		t.Errorf("the other keyring: %+v", l)
+	}
+	if _, err := s.Get(testContext(t), connector.ServerKey{ID: 2, Version: 1}); !errors.Is(err, dek.ErrDenied) {
+		t.Errorf("disabled without a notice: %v", err)
+	}
+}
+
 // A version whose key can't be had is not announced.
 func TestAgentAnnouncesHeldKeysOnly(t *testing.T) {
 	kms, h := newShop(t)

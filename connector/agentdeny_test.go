@@ -51,8 +51,9 @@ func (x *takers) stop() {
 	x.all.Wait()
 }
 
-// Disabled while callers run: not one key is handed out after the list says
-// so, and the cache is empty. Enabled: all is well without a restart.
+// Disabled while callers run: within a second, not one key is handed out after
+// the list says so, and the cache is empty. Enabled: all is well without a
+// restart.
 func TestAgentDisableUnderLoad(t *testing.T) {
 	kms, h := newShop(t)
 	h.start()
@@ -65,9 +66,13 @@ func TestAgentDisableUnderLoad(t *testing.T) {
 	}
 	p.Cold = false
 	for range 5 {
+		start := time.Now()
 		kms.setDisabled("orders", true)
 		l := awaitList(t, s, inState(connector.ListDenied))
 		load.phase.Add(1)
+		if d := time.Since(start); d > time.Second {
+			t.Errorf("a disable took %v, want a second at most", d)
+		}
 		wantOrdersDenied(t, h, s, l)
 		if warm, err := h.dial(p); err != nil {
 			t.Errorf("reconnect of a running server: %v", err)
