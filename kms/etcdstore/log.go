@@ -4,6 +4,8 @@ import (
 	"context"
 	"log/slog"
 	"runtime"
+	"slices"
+	"strings"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -29,15 +31,19 @@ func (c slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Chec
 }
 
 // needless are warnings that mean nothing for a member of our own making: its
-// schema is known only after its first snapshot, and it is never downgraded.
-var needless = map[string]bool{
-	"Failed to detect storage schema version. Please wait till wal snapshot before upgrading cluster.": true,
-	"Failed to detect schema version":  true,
-	"failed to update storage version": true,
+// schema is known only after its first snapshot, it is never downgraded, it
+// tries to be elected a tick before its own membership is applied, and it has
+// nobody to publish its name to.
+var needless = []string{
+	"Failed to detect storage schema version. Please wait till wal snapshot before upgrading cluster.",
+	"Failed to detect schema version",
+	"failed to update storage version",
+	"cannot campaign at term",
+	"failed to publish local member to cluster through raft",
 }
 
 func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	if needless[e.Message] {
+	if slices.ContainsFunc(needless, func(n string) bool { return strings.Contains(e.Message, n) }) {
 		return nil
 	}
 	level := slog.LevelWarn
