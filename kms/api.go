@@ -113,8 +113,9 @@ type AuditTail interface {
 	// Result is not "ok" counts too.
 	StateTail(ctx context.Context) (change uint64, state []byte, err error)
 	// EventsAfter calls f in order of sequence for every event whose Change is
-	// larger than change, until f fails. It is used by a restore that has to say
-	// what is missing, never while serving.
+	// larger than change, and for every one whose Result is ResultUnknown, until f
+	// fails. It is used by a restore that has to say what is missing, never while
+	// serving.
 	EventsAfter(ctx context.Context, change uint64, f func(seq uint64, e Event) error) error
 }
 
@@ -237,6 +238,10 @@ type Event struct {
 	State       []byte      `json:"state,omitempty"`  // hash of the state after it
 	Note        string      `json:"note,omitempty"`
 }
+
+// ResultUnknown is the Event.Result of an intent whose outcome was never
+// recorded: the act may have happened.
+const ResultUnknown = "unknown"
 
 // A Phase says what an Event is.
 type Phase uint8

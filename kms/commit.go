@@ -26,6 +26,7 @@ type change struct {
 type located struct {
 	revision int64
 	term     sum
+	change   uint64 // that wrote it
 }
 
 // A writer is the state of the one writing side; all of it is guarded by
@@ -181,7 +182,7 @@ func (s *Service) draft(muts []mut, act bool) (*draft, error) {
 		term := w.sealer.term(m.path, n, c.Value)
 		d.digest = d.digest.add(term)
 		d.plain[m.path] = plain
-		d.places[m.path] = located{term: term}
+		d.places[m.path] = located{term: term, change: n}
 		d.changes = append(d.changes, c)
 	}
 	return d, s.closeDraft(d, n, act)

@@ -242,7 +242,7 @@ func (s *Service) Renew(ctx context.Context, c Caller, issue func(principal stri
 // dek.ErrDenied, dek.ErrPrecondition (the last administrator).
 func (s *Service) RevokeIdentity(ctx context.Context, c Caller, principal string) error {
 	return s.do(ctx, c, OpIdentityRevoke, "/", checkPrincipal(principal), func(a *act) error {
-		a.ev.Object, a.ev.Note = "/identities", principal
+		a.ev.Object, a.ev.Note = deniedObject, principal
 		var err error
 		a.change, err = s.update(ctx, func(v *view) ([]mut, error) {
 			if _, done := v.denied.get(principal); done {

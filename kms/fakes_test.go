@@ -73,13 +73,30 @@ func (j *journal) EventsAfter(_ context.Context, change uint64, f func(uint64, k
 	events := j.events
 	j.mu.Unlock()
 	for i, e := range events {
-		if e.Change > change {
+		if e.Change > change || e.Result == kms.ResultUnknown {
 			if err := f(uint64(i+1), e); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// closeIntents does what a log does at start with intents that have no outcome.
+func (j *journal) closeIntents() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	open := make(map[uint64]kms.Event)
+	for i, e := range j.events {
+		if e.Phase == kms.PhaseIntent {
+			open[uint64(i+1)] = e
+		}
+		delete(open, e.Intent)
+	}
+	for seq, e := range open {
+		e.Phase, e.Intent, e.Result = kms.PhaseOutcome, seq, kms.ResultUnknown
+		j.events = append(j.events, e)
+	}
 }
 
 func (j *journal) copy() *journal {

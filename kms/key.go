@@ -62,6 +62,7 @@ func (s *Service) newMaster(ctx context.Context, c Caller, op Operation, input e
 	err := s.do(ctx, c, op, keyScope(req.vault, req.name), input, func(a *act) error {
 		n, ch, err := s.makeMaster(ctx, req)
 		a.change, a.ev.Version = ch, n
+		a.ev.Note = s.view.Load().keyNote(req.vault, req.name, n)
 		if err != nil {
 			return err
 		}

@@ -36,6 +36,7 @@ func (s *Service) newRing(ctx context.Context, c Caller, op Operation, input err
 	err := s.do(ctx, c, op, ringScope(req.vault, req.name), input, func(a *act) error {
 		n, ch, err := s.makeRing(ctx, req)
 		a.change, a.ev.Version = ch, n
+		a.ev.Note = s.view.Load().ringNote(req.vault, req.name, n)
 		if err != nil {
 			return err
 		}
@@ -114,30 +115,29 @@ func (r *ringState) neverWas() bool {
 	return true
 }
 
-// largest returns the largest number a server may have seen.
-func (r *ringState) largest() uint32 {
+// nextServer is the server version of the next version: the first is 1, each
+// later one two more than the largest a server may have seen, so that it can
+// tell "the next" from "the one after it": MariaDB's background re-encryption
+// needs that.
+func (r *ringState) nextServer() uint32 {
+	if r == nil || len(r.versions) == 0 {
+		return 1
+	}
 	var n uint32
 	for _, v := range r.versions {
 		n = max(n, v.ServerVersion)
 	}
-	return n
+	return n + 2
 }
 
 // wrapNew makes the record of a new version around k.
 func (s *Service) wrapNew(ctx context.Context, req ringRequest, n dek.Version, k *dek.Key) (*ringVersionRecord, error) {
 	v := s.view.Load()
 	r, master := v.ring(req.vault, req.name), req.master
-	rec := &ringVersionRecord{State: Pending, ServerVersion: 1, Created: s.now(), Request: req.id}
+	rec := &ringVersionRecord{State: Pending, ServerVersion: r.nextServer(), Created: s.now(), Request: req.id}
 	rec.Changed = rec.Created
-	if r != nil {
-		if master == "" {
-			master = r.rec.MasterKey
-		}
-		if largest := r.largest(); largest != 0 {
-			// Two more, so that a server can tell "the next" from "the one after
-			// it": MariaDB's background re-encryption needs it.
-			rec.ServerVersion = largest + 2
-		}
+	if r != nil && master == "" {
+		master = r.rec.MasterKey
 	}
 	id := dek.KeyID{KeyringID: dek.KeyringID{Vault: req.vault, Keyring: req.name}, Version: n}
 	current := v.key(req.vault, master).current()

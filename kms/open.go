@@ -210,13 +210,7 @@ func (s *Service) compareTail(ctx context.Context) error {
 	if n == s.w.head.Act {
 		return nil
 	}
-	// A crash kept the outcome of the newest act out of the log: people may see
-	// the act from now on, so it must not be lost unnoticed either.
-	found := Event{Operation: "system.found-change", Result: resultOK, Change: s.w.head.Act, Note: "its outcome was not recorded before a crash"}
-	if s.w.head.Act == v.change {
-		found.State = v.state
-	}
-	return s.recordSystem(ctx, found)
+	return s.recordFound(ctx, n)
 }
 
 // Close stops the reconciler, ends every Watch and wipes the keys. Calls under
@@ -341,7 +335,7 @@ func (l *loaded) enter(path string, r Record, boot *bootRecord) error {
 	}
 	term := l.w.sealer.term(path, n, r.Value)
 	l.w.digest = l.w.digest.add(term)
-	l.w.index[path] = located{r.Revision, term}
+	l.w.index[path] = located{r.Revision, term, n}
 	if err := l.view.apply(math.MaxUint64, path, plain); err != nil {
 		return fmt.Errorf("record %q: %w: %w", path, dek.ErrCorrupt, err)
 	}
@@ -474,5 +468,8 @@ func recordPath(e Event) string {
 	return ""
 }
 
-// opFinishPending is the act of the reconciler.
-const opFinishPending Operation = "system.finish-pending"
+// The acts of the service itself that a restore reads.
+const (
+	opFinishPending Operation = "system.finish-pending"
+	opFoundChange   Operation = "system.found-change"
+)

@@ -168,7 +168,7 @@ func (s *Service) takeOverVersion(ctx context.Context, kind, id string, n dek.Ve
 		return nil
 	}
 	defer unlock()
-	object := "/vaults/" + vault + "/" + kind + "/" + name
+	object := versionScope(kind, vault, name)
 	var ch change
 	var err error
 	if kind == "keys" {
@@ -179,12 +179,12 @@ func (s *Service) takeOverVersion(ctx context.Context, kind, id string, n dek.Ve
 	if ch.n == 0 {
 		return err
 	}
-	state := "enabled"
+	note := s.view.Load().versionNote(kind, vault, name, n)
 	if err != nil {
-		state = "given up: " + err.Error()
+		note += ": " + err.Error()
 	}
 	return s.recordSystem(ctx, Event{
-		Operation: opFinishPending, Object: object, Version: n, Result: resultOK, Change: ch.n, State: ch.state, Note: state,
+		Operation: opFinishPending, Object: object, Version: n, Result: resultOK, Change: ch.n, State: ch.state, Note: note,
 	})
 }
 

@@ -188,6 +188,11 @@ func vaultScope(vault string) string      { return "/vaults/" + vault }
 func keyScope(vault, name string) string  { return "/vaults/" + vault + "/keys/" + name }
 func ringScope(vault, name string) string { return "/vaults/" + vault + "/keyrings/" + name }
 
+// versionScope is keyScope or ringScope, by the first part of a record's path.
+func versionScope(kind, vault, name string) string {
+	return "/vaults/" + vault + "/" + kind + "/" + name
+}
+
 // decodeStrict refuses unknown fields and trailing bytes: a record of a newer
 // release must not lose fields by being rewritten here.
 func decodeStrict(b []byte, into any) error {

@@ -32,13 +32,16 @@ func (st *restorer) stage(ctx context.Context) error {
 			}
 		}
 	}
-	if err := st.keepOff(ctx); err != nil {
-		return err
+	if err := st.replay(); err != nil {
+		return fmt.Errorf("replay the audit log: %w", err)
 	}
 	if err := st.stageSystem(ctx); err != nil {
 		return err
 	}
 	if err := st.stageVaults(ctx); err != nil {
+		return err
+	}
+	if err := st.stageLostVaults(ctx); err != nil {
 		return err
 	}
 	if st.opt.Private == nil {
@@ -82,6 +85,22 @@ func (st *restorer) stageBoot(ctx context.Context) error {
 	boot.Seals, err = st.moveSeals(ctx, "", boot.Seals)
 	boot.Root = st.mark.Root
 	return err
+}
+
+// stageLostVaults makes vaults anew whose records are lost: their names stay
+// taken, and there is a place for the numbers of what was in them.
+func (st *restorer) stageLostVaults(ctx context.Context) error {
+	for _, name := range st.lostVaults {
+		sv, err := st.newSeal(ctx, name, 1)
+		if err != nil {
+			return fmt.Errorf("vault %s: %w", name, err)
+		}
+		rec := &vaultRecord{Created: st.s.now(), Seals: []sealVersion{sv}, Reserved: st.s.cfg.limits.block}
+		if err := st.put(vaultPath(name), rec); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stageVaults adds the slack to the seal counts and, with a new token, moves
@@ -263,108 +282,6 @@ func (st *restorer) moveDEK(ctx context.Context, m dek.MasterID, id dek.KeyID, r
 	}
 	st.report.Rewrapped++
 	return st.s.proveRing(ctx, rec, k)
-}
-
-// keepOff switches off what the log says was switched off, revoked or taken
-// back after the backup.
-func (st *restorer) keepOff(ctx context.Context) error {
-	if len(st.report.Missing) == 0 {
-		return nil
-	}
-	err := st.s.tail.EventsAfter(ctx, st.l.view.change, func(_ uint64, e Event) error {
-		if e.Result != resultOK {
-			return nil
-		}
-		kept, err := st.replay(e)
-		if kept != "" && err == nil {
-			st.report.KeptDisabled = append(st.report.KeptDisabled, kept)
-		}
-		return err
-	})
-	return named(err, "replay the audit log")
-}
-
-// replay applies one act that removed a right.
-func (st *restorer) replay(e Event) (kept string, err error) {
-	v, now := st.l.view, st.s.now()
-	part := strings.Split(e.Object, "/")
-	switch {
-	case e.Operation == OpKeySetEnabled && e.Note == noteOf(false) && len(part) == 5:
-		return "key " + part[2] + "/" + part[4], st.disableKey(part[2], part[4], e.Version)
-	case e.Operation == OpKeyringSetState && e.Note == noteOf(false) && len(part) == 5:
-		return "keyring " + part[2] + "/" + part[4], st.disableRing(part[2], part[4], e.Version)
-	case e.Operation == OpIdentityRevoke:
-		return "identity " + e.Note, st.put(prefixDenied+e.Note, &deniedRecord{now, e.Principal})
-	case e.Operation == OpInstanceRevoke && len(part) == 3:
-		inst, ok := v.instances.get(part[2])
-		if !ok {
-			return "", nil
-		}
-		next := *inst
-		next.Revoked = now
-		if err := st.put(prefixInst+part[2], &next); err != nil {
-			return "", err
-		}
-		return "instance " + part[2], st.put(prefixDenied+inst.Principal, &deniedRecord{now, e.Principal})
-	case e.Operation == OpGrantRemove:
-		return st.replayGrantRemove(e)
-	}
-	return "", nil
-}
-
-func (st *restorer) replayGrantRemove(e Event) (kept string, err error) {
-	quoted, err := strconv.QuotedPrefix(e.Note)
-	if err != nil {
-		return "", nil
-	}
-	role, err := strconv.Unquote(quoted)
-	principal, ok := strings.CutPrefix(e.Note[len(quoted):], " from ")
-	if err != nil || !ok {
-		return "", nil
-	}
-	gone := Grant{Principal: principal, Role: role, Scope: e.Object}
-	grants := st.l.view.grantsOf(principal)
-	if !hasGrant(grants, gone) {
-		return "", nil
-	}
-	rest := slices.DeleteFunc(slices.Clone(grants), gone.same)
-	return "grant of " + quoted + " at " + e.Object + " to " + principal, st.put(prefixGrants+principal, &grantsRecord{rest})
-}
-
-func (st *restorer) disableKey(vault, name string, n dek.Version) error {
-	k := st.l.view.key(vault, name)
-	if k == nil {
-		return nil
-	}
-	for i, r := range k.versions {
-		if r.State != Enabled || n != 0 && n != dek.Version(i+1) {
-			continue
-		}
-		next := *r
-		next.State, next.Changed = Disabled, st.s.now()
-		if err := st.put(versionPath(keyPath(vault, name), dek.Version(i+1)), &next); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (st *restorer) disableRing(vault, name string, n dek.Version) error {
-	r := st.l.view.ring(vault, name)
-	if r == nil {
-		return nil
-	}
-	for i, rec := range r.versions {
-		if rec.State != Enabled || n != 0 && n != dek.Version(i+1) {
-			continue
-		}
-		next := *rec
-		next.State, next.Changed = Disabled, st.s.now()
-		if err := st.put(versionPath(ringPath(vault, name), dek.Version(i+1)), &next); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // firstLine names the log of a checkpoint (C2SP tlog-checkpoint: its origin).

@@ -23,7 +23,8 @@ type RestoreOptions struct {
 	// new signing keys, new master key versions, every DEK wrapped again.
 	Private *recovery.Private
 	// AcceptRollback goes on with a backup that is older than what the audit log
-	// (or, later, an agent) has seen. The report lists what is missing.
+	// (or, later, an agent) has seen. The report lists what is missing. Numbers
+	// and names that the log knows are never given out again.
 	AcceptRollback bool
 	// Recipient, only with Private, replaces the recovery recipient (its old
 	// shares have been in one place now). Empty: the old one stays.
@@ -54,6 +55,7 @@ type RestoreReport struct {
 	Lost         []string  // keyring versions without a recovery copy: gone
 	Missing      []string  // acts after the backup, from the audit log
 	KeptDisabled []string  // what stays switched off or revoked
+	Reserved     []string  // names and numbers given out after the backup: not given again
 }
 
 // restoreSlack is added to seal counts: what was sealed after the backup is
@@ -106,6 +108,9 @@ type restorer struct {
 	previous *PreviousLog
 	n        uint64 // the change that the restore makes
 	report   RestoreReport
+
+	events     []Event  // after the backup, from the log
+	lostVaults []string // made after the backup
 }
 
 // A restoreMarker keeps the ids of the objects a Restore makes, so that one
@@ -130,7 +135,7 @@ func (st *restorer) run(ctx context.Context, r io.Reader) error {
 	if err := st.openLog(ctx); err != nil {
 		return err
 	}
-	if err := st.compareLog(ctx); err != nil {
+	if err := st.compareLog(ctx, st.s.tail); err != nil {
 		return err
 	}
 	intent, err := st.s.append(ctx, Event{Time: st.s.cfg.Clock.Now(), Phase: PhaseIntent, Operation: OpRestore, Principal: systemPrincipal,
@@ -289,11 +294,11 @@ func (st *restorer) openLog(ctx context.Context) error {
 	return st.s.openAudit(ctx, dek.ObjectID(st.mark.Audit))
 }
 
-// compareLog refuses a backup that is older than the log, or lists what is
-// missing.
-func (st *restorer) compareLog(ctx context.Context) error {
+// compareLog refuses a backup that is older than a log, or lists what is
+// missing, and keeps what the log says of the time after the backup.
+func (st *restorer) compareLog(ctx context.Context, tail AuditTail) error {
 	v := st.l.view
-	n, state, err := st.s.tail.StateTail(ctx)
+	n, state, err := tail.StateTail(ctx)
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
@@ -302,17 +307,19 @@ func (st *restorer) compareLog(ctx context.Context) error {
 		return fmt.Errorf("%w: the backup is of change %d, the audit log has seen change %d: take a newer backup, or accept the rollback with --accept-rollback",
 			dek.ErrCorrupt, v.change, n)
 	}
-	st.n = max(n, v.change) + 1
-	if !behind {
-		return nil
-	}
-	return st.s.tail.EventsAfter(ctx, v.change, func(seq uint64, e Event) error {
-		if e.Result == resultOK {
+	st.n = max(st.n, n+1, v.change+1)
+	err = tail.EventsAfter(ctx, v.change, func(seq uint64, e Event) error {
+		if e.Change <= v.change && seq <= st.l.w.head.Log {
+			return nil // open when the process before the backup ended
+		}
+		st.events = append(st.events, e)
+		if behind && e.Result == resultOK {
 			st.report.Missing = append(st.report.Missing,
 				fmt.Sprintf("change %d (record %d): %s %s version %d by %s %s", e.Change, seq, e.Operation, e.Object, e.Version, e.Principal, e.Note))
 		}
 		return nil
 	})
+	return named(err, "audit log")
 }
 
 // restoreBatch bounds one transaction of a restore, in bytes; a store takes
@@ -370,7 +377,7 @@ func (st *restorer) put(path string, rec any) error {
 	}
 	term := w.sealer.term(path, st.n, value)
 	w.digest = w.digest.sub(w.index[path].term).add(term)
-	w.index[path] = located{term: term}
+	w.index[path] = located{term: term, change: st.n}
 	st.l.records[path] = Record{Path: path, Value: value}
 	return st.l.view.apply(math.MaxUint64, path, plain)
 }

@@ -140,6 +140,7 @@ func printReport(w io.Writer, r kms.RestoreReport) {
 		{"LOST, without a recovery copy", r.Lost},
 		{"acts after the backup, gone", r.Missing},
 		{"kept disabled", r.KeptDisabled},
+		{"given out after the backup, not given again", r.Reserved},
 	} {
 		for _, item := range part.list {
 			fmt.Fprintf(w, "%s: %s\n", part.title, item)

@@ -24,9 +24,6 @@ const (
 // principal is who the records of the log itself name.
 const principal = "system/audit"
 
-// resultUnknown closes an intent whose outcome was never recorded.
-const resultUnknown = "unknown"
-
 // Config says where a log is and who signs for it.
 type Config struct {
 	// Dir holds the files; it is created with mode 0700. One log per node and

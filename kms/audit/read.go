@@ -263,7 +263,7 @@ func (l *Log) EventsAfter(ctx context.Context, change uint64, f func(seq uint64,
 		if err != nil {
 			return err
 		}
-		if r.Event.Change > change {
+		if r.Event.Change > change || r.Event.Result == kms.ResultUnknown {
 			if err := f(r.Seq, r.Event); err != nil {
 				return err
 			}

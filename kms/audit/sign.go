@@ -136,6 +136,6 @@ func (l *Log) epitaph(seq uint64, e kms.Event) kms.Event {
 	return kms.Event{
 		Time: l.cfg.Clock.Now(), Phase: kms.PhaseOutcome, Intent: seq, Operation: e.Operation,
 		Principal: e.Principal, Correlation: e.Correlation, Object: e.Object, Version: e.Version,
-		Result: resultUnknown, Note: "no outcome was recorded; the act may have happened",
+		Result: kms.ResultUnknown, Note: "no outcome was recorded; the act may have happened",
 	}
 }
