@@ -156,6 +156,7 @@ type Agent struct {
 	instances map[string]*instance
 	rules     map[uint32][]string // instances by uid
 	count     agentCounters
+	refusals  chan struct{} // holds a token for each refused peer that is still there
 
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
@@ -174,7 +175,7 @@ func NewAgent(cfg AgentConfig) (_ *Agent, err error) {
 	}
 	a := &Agent{
 		cfg: cfg, instances: map[string]*instance{}, rules: map[uint32][]string{},
-		conns: map[net.Conn]struct{}{}, users: map[uint32]int{},
+		conns: map[net.Conn]struct{}{}, users: map[uint32]int{}, refusals: make(chan struct{}, maxRefusals),
 	}
 	defer func() {
 		if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -169,8 +170,7 @@ func (a *Agent) serve(ctx context.Context, c *net.UnixConn) {
 	if why := a.admit(c, uid); why != nil {
 		a.count.refused.Add(1)
 		a.cfg.Logger.Warn("connection refused", "uid", uid, "err", why)
-		_ = c.SetDeadline(time.Now().Add(frameTime))
-		_, _ = c.Write(appendError(nil, 0, socketClass(why), oneLine(why.Error())))
+		a.refuse(ctx, c, why)
 		return
 	}
 	defer a.dismiss(c, uid)
@@ -178,6 +178,30 @@ func (a *Agent) serve(ctx context.Context, c *net.UnixConn) {
 		return
 	}
 	newSession(a, c, uid).run(ctx)
+}
+
+const (
+	// refusalTime is how long a refused peer has to read why.
+	refusalTime = time.Second
+	// maxRefusals bounds the refused connections that are kept open for it.
+	maxRefusals = 16
+)
+
+// refuse says why, and lets the peer's HELLO come before the connection ends:
+// a peer whose HELLO met a closed socket would see that, and not the reason.
+func (a *Agent) refuse(ctx context.Context, c *net.UnixConn, why error) {
+	_ = c.SetDeadline(time.Now().Add(refusalTime))
+	_, _ = c.Write(appendError(nil, 0, socketClass(why), oneLine(why.Error())))
+	select {
+	case a.refusals <- struct{}{}:
+	default: // a crowd: it must not use up our descriptors
+		return
+	}
+	defer func() { <-a.refusals }()
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	defer stop()
+	_ = c.CloseWrite()
+	_, _ = io.CopyN(io.Discard, c, maxFrame)
 }
 
 // admit counts the connection in, or says why not.

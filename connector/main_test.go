@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 	if cfg := os.Getenv(agentEnv); cfg != "" {
 		os.Exit(runAgentProcess(cfg))
 	}
+	if question := os.Getenv(peerEnv); question != "" {
+		os.Exit(runPeerProcess(question))
+	}
 	code := m.Run()
 	if code == 0 {
 		code = checkLeaks()
