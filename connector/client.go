@@ -75,6 +75,7 @@ func NewClient(cfg Config) (*Client, error) {
 		cfg.Now = time.Now
 	}
 	c := &Client{cfg: cfg}
+	c.flights.carry, c.flights.holdUp = c.carry, holdUp
 	for _, addr := range cfg.Endpoints {
 		e, err := newEndpoint(addr, &cfg)
 		if err != nil {

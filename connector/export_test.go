@@ -1,9 +1,12 @@
 package connector
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"time"
+
+	"github.com/keyward/keyward/dek"
 )
 
 // GoldenFrames returns every frame of PROTOCOL.md's list, by name.
@@ -97,3 +100,60 @@ func IsWait(op byte) bool { return op == opWait }
 
 // NewerCheckpoint is newerCheckpoint.
 var NewerCheckpoint = newerCheckpoint
+
+// Bounds of unwraps that go together.
+const (
+	MaxCalls = maxCalls
+	HoldUp   = holdUp
+)
+
+// Waiting counts the unwraps in the queue.
+func (c *Client) Waiting() int { return c.flights.waiting() }
+
+// Boarded counts the callers who wait for an unwrap.
+func (c *Client) Boarded() (n int) {
+	c.flights.mu.Lock()
+	defer c.flights.mu.Unlock()
+	for _, fl := range c.flights.m {
+		n += fl.waiters
+	}
+	return n
+}
+
+// HoldUpFor sets how long a call keeps others waiting.
+func (c *Client) HoldUpFor(d time.Duration) { c.flights.holdUp = d }
+
+// Unwraps are flights whose calls the test answers.
+type Unwraps struct{ s flights }
+
+// NewUnwraps returns flights that call f and get new keys.
+func NewUnwraps(f func(context.Context, []dek.Wrapped) error) *Unwraps {
+	u := &Unwraps{s: flights{holdUp: holdUp}}
+	u.s.carry = func(ctx context.Context, fls []*flight, finish finish) {
+		var ws []dek.Wrapped
+		for _, fl := range fls {
+			ws = append(ws, fl.w)
+		}
+		err := f(ctx, ws)
+		for _, fl := range fls {
+			k := (*dek.Key)(nil)
+			if err == nil {
+				k, err = dek.NewKey()
+			}
+			finish(fl, k, err)
+		}
+	}
+	return u
+}
+
+// Do unwraps w.
+func (u *Unwraps) Do(ctx context.Context, w dek.Wrapped) (*dek.Key, error) { return u.s.do(ctx, w) }
+
+// Waiting counts the unwraps in the queue.
+func (u *Unwraps) Waiting() int { return u.s.waiting() }
+
+func (s *flights) waiting() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.queue)
+}

@@ -104,6 +104,8 @@ type fakeKMS struct {
 	mu         sync.Mutex
 	keyrings   map[string]*kmspb.Keyring
 	disabled   map[string]bool
+	sick       map[string]bool // keyrings that are unavailable
+	opened     int             // wrapped DEKs that were undone
 	generation uint64
 	checkpoint uint64
 	openErr    error
@@ -130,7 +132,7 @@ type fakeKMS struct {
 
 func newFakeKMS(t testing.TB, ca *testCA) *fakeKMS {
 	k := &fakeKMS{
-		t: t, ca: ca, keyrings: map[string]*kmspb.Keyring{}, disabled: map[string]bool{}, generation: 1, checkpoint: 1,
+		t: t, ca: ca, keyrings: map[string]*kmspb.Keyring{}, disabled: map[string]bool{}, sick: map[string]bool{}, generation: 1, checkpoint: 1,
 		watchers: map[chan *kmspb.Notice]struct{}{}, calls: map[string]int{}, reports: make(chan *kmspb.ReportRequest, 100),
 		entered: make(chan string, 10000), token: "one-time-secret", lifetime: time.Hour,
 	}
@@ -223,6 +225,13 @@ func (k *fakeKMS) count(name string) int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.calls[name]
+}
+
+// unwrapped counts the wrapped DEKs that were asked for.
+func (k *fakeKMS) unwrapped() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.opened
 }
 
 func (k *fakeKMS) set(f func()) {
@@ -365,8 +374,12 @@ func (k *fakeKMS) open(b []byte) ([]byte, codes.Code) {
 	if err != nil {
 		return nil, codes.InvalidArgument
 	}
+	k.opened++
 	if k.disabled[w.ID().Keyring] {
 		return nil, codes.PermissionDenied
+	}
+	if k.sick[w.ID().Keyring] {
+		return nil, codes.Unavailable
 	}
 	return plainKey(w.ID().Keyring, uint32(w.ID().Version)), 0
 }

@@ -42,30 +42,23 @@ func (c *Client) OpenInstance(ctx context.Context, instance string, cold bool, c
 }
 
 // Unwrap returns the DEK of w; the caller destroys it. Callers that ask for
-// the same one at the same time cost one call. A wrapped DEK that this service
-// did not make gives dek.ErrAuth, a disabled or foreign one dek.ErrDenied.
+// the same one at the same time cost one call; those that ask for others while
+// some calls are under way go out together in the next one, each with an
+// answer of its own. A wrapped DEK that this service did not make gives
+// dek.ErrAuth, a disabled or foreign one dek.ErrDenied. The end of ctx ends the
+// caller's own wait only.
 //
 // The bytes pass through gRPC's buffers on the ordinary heap, which can't be
 // wiped; the message's own copy is.
 func (c *Client) Unwrap(ctx context.Context, w dek.Wrapped) (*dek.Key, error) {
-	op := "unwrap " + w.ID().String()
-	b := w.Bytes()
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.cfg.CallTimeout)
 		defer cancel()
 	}
-	k, err := c.flights.do(ctx, string(b), func(ctx context.Context) (*dek.Key, error) {
-		resp, err := invoke(ctx, c, method{op: op, safety: hedged}, func(ctx context.Context, cc grpc.ClientConnInterface) (*kmspb.UnwrapResponse, error) {
-			return kmspb.NewInstancesClient(cc).Unwrap(ctx, &kmspb.UnwrapRequest{Wrapped: b})
-		})
-		if err != nil {
-			return nil, err
-		}
-		return keyFrom(op, c.Endpoints(), resp.GetKey())
-	})
+	k, err := c.flights.do(ctx, w)
 	if err != nil && ctx.Err() != nil && !errors.As(err, new(*CallError)) {
-		err = &CallError{Op: op, Endpoint: c.Endpoints(), Class: dek.ErrUnavailable, Detail: "no answer in time", Cause: err}
+		err = &CallError{Op: opUnwrap(w), Endpoint: c.Endpoints(), Class: dek.ErrUnavailable, Detail: "no answer in time", Cause: err}
 	}
 	return k, err
 }
@@ -121,7 +114,7 @@ func (c *Client) unwrapPart(ctx context.Context, ws []dek.Wrapped) ([]UnwrapResu
 	items := resp.GetItems()
 	results := make([]UnwrapResult, len(ws))
 	for n, w := range ws {
-		op := "unwrap " + w.ID().String()
+		op := opUnwrap(w)
 		switch {
 		case len(items) != len(ws) || items[n].GetTag() != uint64(n): //nolint:gosec // an index
 			results[n].Err = &CallError{Op: op, Endpoint: c.Endpoints(), Class: dek.ErrUnavailable, Detail: "the reply does not match the batch: is the service of another version?"}
