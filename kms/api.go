@@ -47,20 +47,30 @@ type Signer interface {
 	Sign(ctx context.Context, id dek.ObjectID, digest []byte) ([]byte, error)
 }
 
+// A Device says what a token is, what it can do and how it is. Its methods may
+// be called concurrently; only Health asks the token itself.
+type Device interface {
+	// OAEPHash is the strongest OAEP hash the token can undo (SHA-1 or
+	// SHA-256); it goes into the header of what is wrapped from now on.
+	OAEPHash() crypto.Hash
+	// RestsOnRSA reports whether sealed, which SealKey made, is under an RSA
+	// root: the token has no AES. No post-quantum claim holds then. It looks at
+	// the algorithm alone and does not open sealed.
+	RestsOnRSA(sealed []byte) bool
+	// Describe names the token for people and records (no secret): label,
+	// serial, model.
+	Describe() string
+	// Health proves the device by a decrypt of a known ciphertext.
+	Health(ctx context.Context) error
+}
+
 // A Token is one hardware security module, or the software stand-in.
 type Token interface {
 	Pairs
 	Decrypter
 	Sealer
 	Signer
-	// OAEPHash is the strongest OAEP hash the token can undo (SHA-1 or
-	// SHA-256); it goes into the header of what is wrapped from now on.
-	OAEPHash() crypto.Hash
-	// Describe names the token for people and records (no secret): label,
-	// serial, model.
-	Describe() string
-	// Health proves the device by a decrypt of a known ciphertext.
-	Health(ctx context.Context) error
+	Device
 }
 
 // A Record is one sealed piece of state. The store sees path and bytes only.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/hsm"
 	"github.com/keyward/keyward/hsm/hsmtest"
 	"github.com/keyward/keyward/kms"
 	"github.com/keyward/keyward/kms/access"
@@ -23,10 +24,14 @@ type journal struct {
 	mu     sync.Mutex
 	events []kms.Event
 	fail   func(n int, e kms.Event) storetest.Fault
-	stale  []byte // a checkpoint that the log does not extend
+	before func(kms.Event) // called first, without the lock; nil: nothing
+	stale  []byte          // a checkpoint that the log does not extend
 }
 
 func (j *journal) Append(_ context.Context, e kms.Event) (uint64, error) {
+	if j.before != nil {
+		j.before(e)
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	var f storetest.Fault
@@ -138,8 +143,9 @@ func (c *clock) jump(d time.Duration) {
 // A token is the fake with a name and a hash.
 type token struct{ *hsmtest.Fake }
 
-func (t token) OAEPHash() crypto.Hash { return crypto.SHA256 }
-func (t token) Describe() string      { return "fake" }
+func (t token) OAEPHash() crypto.Hash         { return crypto.SHA256 }
+func (t token) RestsOnRSA(sealed []byte) bool { return hsm.RestsOnRSA(sealed) }
+func (t token) Describe() string              { return "fake" }
 
 // A target keeps the newest backup.
 type target struct {

@@ -18,8 +18,9 @@ import (
 // A realToken is the software token as the service program uses it.
 type realToken struct{ *hsm.Software }
 
-func (r realToken) OAEPHash() crypto.Hash { return r.Capabilities().PreferredOAEP() }
-func (r realToken) Describe() string      { return r.Identity().Label }
+func (r realToken) OAEPHash() crypto.Hash  { return r.Capabilities().PreferredOAEP() }
+func (realToken) RestsOnRSA(b []byte) bool { return hsm.RestsOnRSA(b) }
+func (r realToken) Describe() string       { return r.Identity().Label }
 
 // realConfig opens the real store, log and token in one directory.
 func realConfig(t *testing.T, dir, tokenDir string, link *audit.Link) kms.Config {

@@ -87,7 +87,25 @@ func (s *Service) safetyProblems(v *view, w watchdogState) []Problem {
 	if s.cfg.Token.OAEPHash().String() == "SHA-1" {
 		out = append(out, Problem{yellow, "the token does OAEP with SHA-1 only", "use a token with SHA-256 OAEP for production"})
 	}
+	if s.restsOnRSA(v) {
+		out = append(out, Problem{yellow, "the token has no AES, its root is an RSA key: what is said of attackers with a quantum computer does not hold here, a backup is as safe as RSA is",
+			"set up a token with AES and restore a backup to it with the recovery shares"})
+	}
 	return out
+}
+
+// restsOnRSA reports whether a seal key stands under an RSA root.
+func (s *Service) restsOnRSA(v *view) bool {
+	under := func(sv sealVersion) bool { return s.cfg.Token.RestsOnRSA(sv.Sealed) }
+	if slices.ContainsFunc(v.boot.Seals, under) {
+		return true
+	}
+	for _, rec := range v.vaults.all() {
+		if slices.ContainsFunc(rec.Seals, under) {
+			return true
+		}
+	}
+	return false
 }
 
 func (v *view) countVersions() int {

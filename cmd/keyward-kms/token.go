@@ -35,6 +35,9 @@ type token struct{ device }
 // OAEPHash implements kms.Token.
 func (t token) OAEPHash() crypto.Hash { return t.Capabilities().PreferredOAEP() }
 
+// RestsOnRSA implements kms.Token.
+func (t token) RestsOnRSA(sealed []byte) bool { return hsm.RestsOnRSA(sealed) }
+
 // Describe implements kms.Token.
 func (t token) Describe() string {
 	id := t.Identity()

@@ -38,6 +38,8 @@ type softToken struct{ *hsm.Software }
 
 func (t softToken) OAEPHash() crypto.Hash { return t.Capabilities().PreferredOAEP() }
 
+func (softToken) RestsOnRSA(sealed []byte) bool { return hsm.RestsOnRSA(sealed) }
+
 func (softToken) Describe() string { return "software token for tests" }
 
 // A folder takes backups.

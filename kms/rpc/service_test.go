@@ -39,8 +39,9 @@ import (
 // A token is the software token with what the service asks beside.
 type token struct{ *hsm.Software }
 
-func (token) OAEPHash() crypto.Hash { return crypto.SHA256 }
-func (token) Describe() string      { return "software" }
+func (token) OAEPHash() crypto.Hash    { return crypto.SHA256 }
+func (token) RestsOnRSA(b []byte) bool { return hsm.RestsOnRSA(b) }
+func (token) Describe() string         { return "software" }
 
 // An estate is the real service behind the door: rules, software token, store
 // in memory, log on disk. Strict mode is on.
