@@ -32,6 +32,10 @@ type RestoreOptions struct {
 	// NewLog begins a new audit log although the token is the old one: the old
 	// log is lost. With Private the log is always new.
 	NewLog bool
+	// Before, if set, finds the log that a new one follows, so that the backup can
+	// be compared with what it has seen; nil: it is gone (see
+	// RestoreReport.Uncompared). It is called before anything is written.
+	Before func(ctx context.Context, previous PreviousLog) (AuditTail, error)
 	// OpenAudit, if set, is used in place of Config.OpenAudit and Config.Auditor
 	// and learns which log a new one follows (nil: the log goes on).
 	OpenAudit func(ctx context.Context, signer crypto.Signer, previous *PreviousLog) (Auditor, error)
@@ -55,6 +59,7 @@ type RestoreReport struct {
 	Lost         []string  // keyring versions without a recovery copy: gone
 	Missing      []string  // acts after the backup, from the audit log
 	KeptDisabled []string  // what stays switched off or revoked
+	Uncompared   bool      // the log before is gone: nothing says what came after the backup
 	Reserved     []string  // names and numbers given out after the backup: not given again
 }
 
@@ -124,6 +129,9 @@ type restoreMarker struct {
 
 func (st *restorer) run(ctx context.Context, r io.Reader) error {
 	if err := st.read(ctx, r); err != nil {
+		return err
+	}
+	if err := st.compareBefore(ctx); err != nil {
 		return err
 	}
 	if err := st.prepareStore(ctx); err != nil {
@@ -281,17 +289,33 @@ func (st *restorer) openLog(ctx context.Context) error {
 	if st.opt.OpenAudit == nil {
 		return st.s.openAudit(ctx, dek.ObjectID(st.mark.Audit))
 	}
-	if st.newLog() {
-		key, err := x509.ParsePKIXPublicKey(st.l.view.boot.AuditKey)
-		if err != nil {
-			return fmt.Errorf("%w: audit key of the backup: %w", dek.ErrCorrupt, err)
-		}
-		st.previous = &PreviousLog{Checkpoint: st.report.Checkpoint, Key: key}
-	}
 	st.s.cfg.OpenAudit = func(ctx context.Context, signer crypto.Signer) (Auditor, error) {
 		return st.opt.OpenAudit(ctx, signer, st.previous)
 	}
 	return st.s.openAudit(ctx, dek.ObjectID(st.mark.Audit))
+}
+
+// compareBefore compares the backup with the log that a new one follows.
+func (st *restorer) compareBefore(ctx context.Context) error {
+	if !st.newLog() {
+		return nil
+	}
+	key, err := x509.ParsePKIXPublicKey(st.l.view.boot.AuditKey)
+	if err != nil {
+		return fmt.Errorf("%w: audit key of the backup: %w", dek.ErrCorrupt, err)
+	}
+	st.previous = &PreviousLog{Checkpoint: st.report.Checkpoint, Key: key}
+	if st.opt.Before != nil {
+		tail, err := st.opt.Before(ctx, *st.previous)
+		if err != nil {
+			return fmt.Errorf("the audit log before: %w", err)
+		}
+		if tail != nil {
+			return st.compareLog(ctx, tail)
+		}
+	}
+	st.report.Uncompared = true
+	return nil
 }
 
 // compareLog refuses a backup that is older than a log, or lists what is

@@ -1,6 +1,8 @@
 package kms_test
 
 import (
+	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"strings"
@@ -150,5 +152,52 @@ func TestRollbackAfterCrash(t *testing.T) {
 				t.Error("an identity whose revocation a start found is back")
 			}
 		})
+	}
+}
+
+// TestNewTokenReadsLogBefore: a new token and a new log are no way around what
+// the log before knows.
+func TestNewTokenReadsLogBefore(t *testing.T) {
+	text, private := people(t)
+	h := newHouse(t, text)
+	h.furnish()
+	ctx := t.Context()
+	b := h.backup()
+	_, err := h.s.RollKeyring(ctx, officer, kms.RollKeyring{Vault: "v", Name: "r"})
+	check(t, err)
+	_, err = h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "k"})
+	check(t, err)
+	h.s.Close()
+	n := h.elsewhere(true)
+	opt := kms.RestoreOptions{Private: private,
+		Before: func(_ context.Context, previous kms.PreviousLog) (kms.AuditTail, error) {
+			if previous.Key == nil || !strings.HasPrefix(string(previous.Checkpoint), "test/log\n") {
+				t.Errorf("the log before is asked for as %+v", previous)
+			}
+			return h.journal, nil
+		},
+		OpenAudit: func(context.Context, crypto.Signer, *kms.PreviousLog) (kms.Auditor, error) { return n.journal, nil },
+	}
+	if _, err := n.restore(b, opt); !errors.Is(err, dek.ErrCorrupt) {
+		t.Fatalf("restore of an older backup to a new token: %v", err)
+	}
+	if objects := must(n.token.Objects(ctx)); len(objects) != 0 || len(snapshot(t, n.store)) != 0 {
+		t.Errorf("a refused restore left %d objects and %d records", len(objects), len(snapshot(t, n.store)))
+	}
+	opt.AcceptRollback = true
+	rep, err := n.restore(b, opt)
+	check(t, err)
+	if len(rep.Missing) != 2 || len(rep.KeptDisabled) == 0 || len(rep.Reserved) != 1 || rep.Uncompared {
+		t.Errorf("report %+v", rep)
+	}
+	n.open()
+	if k := must(n.s.Key(ctx, officer, "v", "k")); k.Current != 0 {
+		t.Errorf("a disabled key is enabled after a restore to a new token: %+v", k)
+	}
+	// Without the log before the report says so.
+	n = h.elsewhere(true)
+	opt.AcceptRollback, opt.Before = false, func(context.Context, kms.PreviousLog) (kms.AuditTail, error) { return nil, nil }
+	if rep, err = n.restore(b, opt); err != nil || !rep.Uncompared {
+		t.Errorf("without the log before: %v, report %+v", err, rep)
 	}
 }

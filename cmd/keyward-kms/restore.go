@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -16,7 +15,6 @@ import (
 	"github.com/keyward/keyward/dek"
 	"github.com/keyward/keyward/hsm"
 	"github.com/keyward/keyward/kms"
-	"github.com/keyward/keyward/kms/audit"
 )
 
 // A restoring is what the flags of restore say.
@@ -27,6 +25,7 @@ type restoring struct {
 	acceptRollback bool
 	newLog         bool
 	newRecipient   string
+	oldAudit       string
 }
 
 func newRestore(s *streams) *cobra.Command {
@@ -42,7 +41,12 @@ wrapped again under the same numbers. Databases and agents keep their
 certificates and notice nothing but the outage.
 
 A backup older than what the audit log has seen is refused; --accept-rollback
-goes on, lists what is missing and keeps disabled what was disabled since.`,
+goes on, lists what is missing and keeps disabled what was disabled since.
+
+With a new token (or --new-log) a new audit log begins. The log before is read,
+from audit_dir or --old-audit-dir, verified with the key in the backup, and moved
+aside to audit_dir.before-restore-TIME; keep it. If it is gone, nothing can be
+compared: look through what was disabled, and through exported checkpoints.`,
 		Example: `  keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup
   keyward-kms restore --config /etc/keyward/kms.json --backup keyward.backup --ask-shares`,
 		Args:    noArgs,
@@ -63,6 +67,7 @@ goes on, lists what is missing and keeps disabled what was disabled since.`,
 	f.BoolVar(&o.askShares, "ask-shares", false, "ask for recovery shares, without echo")
 	f.BoolVar(&o.acceptRollback, "accept-rollback", false, "accept a backup that is older than the audit log")
 	f.BoolVar(&o.newLog, "new-log", false, "begin a new audit log although the token is the old one: the old log is lost")
+	f.StringVar(&o.oldAudit, "old-audit-dir", "", "directory of the audit log before, if it is not in audit_dir; it is only read")
 	f.StringVar(&o.newRecipient, "new-recipient-file", "", "seal to this recovery recipient from now on")
 	return cmd
 }
@@ -92,7 +97,8 @@ func restore(ctx context.Context, s *streams, o restoring, log *slog.Logger) (re
 		return report, err
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
-	opt.OpenAudit = p.openAfterRestore
+	past := &pastLog{parts: p, given: o.oldAudit}
+	opt.Before, opt.OpenAudit = past.find, past.follow
 	if report, err = kms.Restore(ctx, p.kmsConfig(nil), f, opt); err != nil {
 		return report, err
 	}
@@ -118,20 +124,13 @@ func (o *restoring) options(ctx context.Context, s *streams) (opt kms.RestoreOpt
 	return opt, nil
 }
 
-// openAfterRestore opens the audit log; a new one is linked to the one that
-// the backup knew.
-func (p *parts) openAfterRestore(ctx context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
-	var link *audit.Link
-	if previous != nil {
-		link = &audit.Link{Checkpoint: previous.Checkpoint, Key: previous.Key}
-	}
-	return p.kmsConfig(link).OpenAudit(ctx, signer)
-}
-
 func printReport(w io.Writer, r kms.RestoreReport) {
 	fmt.Fprintf(w, "installation %s, backup of %s (change %d)\n", r.Installation, r.Taken.UTC().Format(time.RFC3339), r.Change)
 	if r.NewKeys > 0 {
 		fmt.Fprintf(w, "moved to a new token: %d new master key versions, %d data key versions wrapped again\n", r.NewKeys, r.Rewrapped)
+	}
+	if r.Uncompared {
+		fmt.Fprintln(w, "NOT COMPARED: the audit log before was not found: what was disabled or made after the backup is not known")
 	}
 	for _, part := range []struct {
 		title string
