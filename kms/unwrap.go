@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
-	"strings"
-	"sync"
 
 	"github.com/keyward/keyward/dek"
 )
@@ -20,7 +17,8 @@ import (
 // dek.ErrConflict (w is genuine but for a master key that is gone, after a
 // restore: fetch the keyring's wraps again), dek.ErrUnavailable or
 // dek.ErrExhausted (token or log: try again). Identical unwraps of one caller
-// at the same time share one token operation; each has its own records.
+// at the same time share one token operation, unless anything was changed
+// between them; each has its own records.
 func (s *Service) Unwrap(ctx context.Context, c Caller, w dek.Wrapped) (*dek.Key, error) {
 	if err := s.ready(); err != nil {
 		return nil, err
@@ -33,7 +31,7 @@ func (s *Service) Unwrap(ctx context.Context, c Caller, w dek.Wrapped) (*dek.Key
 	if err != nil {
 		return nil, s.refuse(ctx, ev, s.badness(ctx, c, id.KeyringID, err))
 	}
-	f, leader := s.flights.join(c.Principal, w)
+	f, leader := s.flights.join(c.Principal, w, t.view)
 	if leader {
 		return s.lead(ctx, c, ev, t, f)
 	}
@@ -147,7 +145,7 @@ func (s *Service) follow(ctx context.Context, c Caller, ev Event, w dek.Wrapped,
 		// The leader gave up; this caller has not.
 		s.flights.leave(f)
 		var leader bool
-		if f, leader = s.flights.join(c.Principal, w); leader {
+		if f, leader = s.flights.join(c.Principal, w, t.view); leader {
 			a.ev.Note = ""
 			k, err := s.decrypt(ctx, t.header, t.inner)
 			s.flights.finish(f, k, err, err != nil && ctx.Err() != nil)
@@ -194,149 +192,4 @@ func (s *Service) conclude(ctx context.Context, a *act, t ticket, k *dek.Key, er
 		return nil, err
 	}
 	return k, nil
-}
-
-// maxBatch bounds UnwrapBatch, in items.
-const maxBatch = 1000
-
-// batchWorkers bounds the items of one batch in the token's queue at a time.
-const batchWorkers = 32
-
-// UnwrapBatch unwraps up to 1000 DEKs between one intent and one outcome. Each
-// item has its own key (the caller destroys it) or error, of the classes of
-// Unwrap; the last error is about the batch as a whole, and then there are no
-// keys.
-func (s *Service) UnwrapBatch(ctx context.Context, c Caller, ws []dek.Wrapped) ([]*dek.Key, []error, error) {
-	if err := s.ready(); err != nil {
-		return nil, nil, err
-	}
-	ev := s.event(c, OpKeyringUnwrap, "")
-	ev.Count = len(ws)
-	if len(ws) == 0 || len(ws) > maxBatch {
-		return nil, nil, s.refuse(ctx, ev, fmt.Errorf("%w: a batch has 1 to %d items", dek.ErrInvalid, maxBatch))
-	}
-	tickets, errs, rule := s.admitAll(ctx, c, ws)
-	ev.Rule, ev.Object, ev.Note = rule, commonScope(ws), summary(ws, errs)
-	if refused(errs) {
-		return nil, errs, s.refuse(ctx, ev, errs[0])
-	}
-	a, err := s.intend(ctx, ev)
-	if err != nil {
-		return nil, nil, err
-	}
-	keys := make([]*dek.Key, len(ws))
-	s.decryptAll(ctx, tickets, keys, errs)
-	s.gate.RLock()
-	defer s.gate.RUnlock()
-	s.dropLost(tickets, keys, errs)
-	a.ev.Note = summary(ws, errs)
-	if err := a.end(ctx, s.ready()); err != nil {
-		for _, k := range keys {
-			k.Destroy()
-		}
-		return nil, nil, err
-	}
-	return keys, errs, nil
-}
-
-// admitAll admits each item.
-func (s *Service) admitAll(ctx context.Context, c Caller, ws []dek.Wrapped) ([]ticket, []error, string) {
-	tickets, errs := make([]ticket, len(ws)), make([]error, len(ws))
-	rule := ""
-	for i, w := range ws {
-		var err error
-		tickets[i], err = s.admit(c, w)
-		if err == nil {
-			rule = tickets[i].rule
-			continue
-		}
-		rule = or(rule, tickets[i].rule)
-		errs[i] = s.badness(ctx, c, w.ID().KeyringID, err)
-	}
-	return tickets, errs, rule
-}
-
-// dropLost takes back the keys whose right was lost since they were admitted.
-func (s *Service) dropLost(tickets []ticket, keys []*dek.Key, errs []error) {
-	for i, t := range tickets {
-		if errs[i] != nil {
-			continue
-		}
-		if _, err := s.still(t); err != nil {
-			keys[i].Destroy()
-			keys[i], errs[i] = nil, err
-		}
-	}
-}
-
-func refused(errs []error) bool {
-	for _, err := range errs {
-		if err == nil {
-			return false
-		}
-	}
-	return true
-}
-
-// decryptAll keeps the token's queue fed.
-func (s *Service) decryptAll(ctx context.Context, tickets []ticket, keys []*dek.Key, errs []error) {
-	next := make(chan int)
-	var wg sync.WaitGroup
-	for range min(batchWorkers, len(tickets)) {
-		wg.Go(func() {
-			for i := range next {
-				keys[i], errs[i] = s.decrypt(ctx, tickets[i].header, tickets[i].inner)
-			}
-		})
-	}
-	for i := range tickets {
-		if errs[i] == nil {
-			next <- i
-		}
-	}
-	close(next)
-	wg.Wait()
-}
-
-// commonScope is the keyring of the whole batch, or the nearest place above.
-func commonScope(ws []dek.Wrapped) string {
-	first := ws[0].ID()
-	scope := ringScope(first.Vault, first.Keyring)
-	for _, w := range ws[1:] {
-		switch id := w.ID(); {
-		case id.Vault != first.Vault:
-			return "/"
-		case id.Keyring != first.Keyring:
-			scope = vaultScope(first.Vault)
-		}
-	}
-	return scope
-}
-
-// maxSummary bounds the note of a batch, in bytes.
-const maxSummary = 2000
-
-// summary tells per class which versions of which keyrings had it.
-func summary(ws []dek.Wrapped, errs []error) string {
-	type group struct {
-		result string
-		id     dek.KeyringID
-	}
-	var order []group
-	versions := make(map[group][]string)
-	for i, w := range ws {
-		g := group{result(errs[i]), w.ID().KeyringID}
-		if versions[g] == nil {
-			order = append(order, g)
-		}
-		versions[g] = append(versions[g], strconv.FormatUint(uint64(w.ID().Version), 10))
-	}
-	var b strings.Builder
-	for _, g := range order {
-		fmt.Fprintf(&b, "%s: %s/%s; ", g.result, g.id, strings.Join(versions[g], ","))
-		if b.Len() > maxSummary {
-			return b.String()[:maxSummary] + "..."
-		}
-	}
-	return strings.TrimSuffix(b.String(), "; ")
 }

@@ -240,45 +240,42 @@ func TestAbandoned(t *testing.T) {
 	all.Wait()
 }
 
-func TestBatch(t *testing.T) {
+// TestBurst: who comes while others of a burst are still being answered shares
+// their operation; who comes after a change, or after all have left, does not.
+func TestBurst(t *testing.T) {
 	h := newHouse(t, "")
 	h.furnish()
-	ctx := t.Context()
-	for i := range 5 {
-		_, err := h.s.RollKeyring(ctx, officer, kms.RollKeyring{RequestID: fmt.Sprint(i), Vault: "v", Name: "r"})
-		check(t, err)
+	w := h.wraps()[0]
+	operations := func() int { return h.token.Calls(hsmtest.OpDecryptKey) }
+	asked := operations()
+	h.bytesOf(w)
+	h.bytesOf(w)
+	if got := operations() - asked; got != 2 {
+		t.Errorf("%d token operations for two unwraps, one after the other", got)
 	}
-	ws := h.wraps()
-	seal := must(dek.NewKey())
-	defer seal.Destroy()
-	bad := must(dek.Wrap(ws[0].Header(), seal, make([]byte, 256)))
-	_, err := h.s.SetKeyringEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "r", Version: 3})
-	check(t, err)
-	before := len(h.journal.events)
-	keys, errs, err := h.s.UnwrapBatch(ctx, db1, append(ws, bad))
-	check(t, err)
-	for i, k := range keys {
-		want := error(nil)
-		switch i {
-		case 2:
-			want = dek.ErrDenied
-		case len(ws):
-			want = dek.ErrAuth
+	for _, tc := range []struct {
+		name   string
+		change func() error
+		want   int
+	}{
+		{"nothing changed", func() error { return nil }, 1},
+		{"a grant was added", func() error {
+			return h.s.AddGrant(t.Context(), admin, kms.Grant{Principal: "person/x", Role: "auditor", Scope: "/"})
+		}, 2},
+	} {
+		asked, once := operations(), false
+		h.journal.before = func(e kms.Event) {
+			if e.Phase == kms.PhaseOutcome && e.Operation == kms.OpKeyringUnwrap && !once {
+				once = true
+				check(t, tc.change())
+				h.bytesOf(w)
+			}
 		}
-		if !errors.Is(errs[i], want) || (k != nil) != (want == nil) {
-			t.Errorf("item %d: key %v, %v; want %v", i, k != nil, errs[i], want)
+		h.bytesOf(w)
+		h.journal.before = nil
+		if got := operations() - asked; got != tc.want {
+			t.Errorf("%s before the first one's outcome: %d token operations, want %d", tc.name, got, tc.want)
 		}
-		k.Destroy()
-	}
-	got := h.journal.events[before:]
-	if len(got) != 2 || got[1].Count != len(ws)+1 || !strings.Contains(got[1].Note, "denied: v/r/3") || !strings.Contains(got[1].Note, "auth: v/r/1") {
-		t.Errorf("records of a batch: %+v", got)
-	}
-	if _, _, err := h.s.UnwrapBatch(ctx, db2, ws); !errors.Is(err, dek.ErrDenied) {
-		t.Errorf("batch of a stranger: %v", err)
-	}
-	if _, _, err := h.s.UnwrapBatch(ctx, db1, nil); !errors.Is(err, dek.ErrInvalid) {
-		t.Errorf("empty batch: %v", err)
 	}
 }
 
