@@ -15,10 +15,15 @@ import (
 // token may finish an abandoned call later, so callers decide by FindPair.
 type Pairs interface {
 	// GeneratePair makes a decrypt-only RSA pair of bits under id. It wraps
-	// dek.ErrExists if id is taken and dek.ErrUnavailable if nothing is known.
+	// dek.ErrExists if id is taken, dek.ErrInvalid for bits or an id that no
+	// token takes, dek.ErrPrecondition if this token can't now, and
+	// dek.ErrUnavailable if nothing is known. FindPair decides.
 	GeneratePair(ctx context.Context, id dek.ObjectID, bits int) (*rsa.PublicKey, error)
 	// FindPair returns the public half of exactly one self-tested pair.
-	// dek.ErrNotFound: nothing there; dek.ErrCorrupt: halves or duplicates.
+	// dek.ErrNotFound: the right token was asked and holds nothing under id;
+	// dek.ErrCorrupt: halves or duplicates, which may be destroyed. Every other
+	// class says nothing about the pair: dek.ErrUnavailable (not reached),
+	// dek.ErrPrecondition (wrong PIN, another token), dek.ErrExhausted (busy).
 	FindPair(ctx context.Context, id dek.ObjectID) (*rsa.PublicKey, error)
 	// DestroyPair removes whatever stands under id and proves it gone.
 	DestroyPair(ctx context.Context, id dek.ObjectID) error

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/keyward/keyward/dek"
 )
@@ -157,8 +158,8 @@ func (s *Service) finishMaster(ctx context.Context, vault, name string, n dek.Ve
 	}
 	switch {
 	case err == nil:
-	case errors.Is(err, dek.ErrUnavailable), result(err) == "cancelled":
-		return change{}, err // nothing is known: it stays PENDING
+	case !noPair(err):
+		return change{}, err // nothing is known about the pair: it stays PENDING
 	default:
 		ch, ferr := s.failMaster(ctx, vault, name, n)
 		if ferr != nil {
@@ -174,9 +175,21 @@ func (s *Service) finishMaster(ctx context.Context, vault, name string, n dek.Ve
 	return s.moveMaster(ctx, vault, name, n, func(r *keyVersionRecord) { r.State, r.SPKI = Enabled, spki })
 }
 
-// findOrMake returns the public half of the one pair under object. An error
-// that does not wrap dek.ErrUnavailable means: there is no whole pair and none
-// will come.
+// noPair reports whether err of findOrMake or testPair says that there is no
+// whole pair and none will come. Whatever else a token answers (not reached, a
+// wrong PIN, another token for a moment) says nothing about the pair.
+func noPair(err error) bool {
+	for _, open := range []error{dek.ErrUnavailable, dek.ErrPrecondition, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, open) {
+			return false
+		}
+	}
+	return slices.ContainsFunc([]error{dek.ErrNotFound, dek.ErrCorrupt, dek.ErrExists, dek.ErrInvalid},
+		func(class error) bool { return errors.Is(err, class) })
+}
+
+// findOrMake returns the public half of the one pair under object; noPair
+// judges the error.
 func (s *Service) findOrMake(ctx context.Context, object dek.ObjectID, bits int, generate bool) (*rsa.PublicKey, error) {
 	pub, err := s.cfg.Token.FindPair(ctx, object)
 	if !errors.Is(err, dek.ErrNotFound) || !generate {
@@ -225,6 +238,9 @@ func (s *Service) testPair(ctx context.Context, object dek.ObjectID, pub *rsa.Pu
 		return err
 	}
 	again, err := s.cfg.Token.DecryptKey(ctx, object, hash, inner)
+	if errors.Is(err, dek.ErrNotFound) { // it was there a moment ago
+		err = fmt.Errorf("%w: %w", dek.ErrUnavailable, err)
+	}
 	if err != nil {
 		return fmt.Errorf("test the pair: %w", err)
 	}

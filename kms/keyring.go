@@ -228,8 +228,8 @@ func (s *Service) finishRing(ctx context.Context, vault, name string, n dek.Vers
 	err := s.proveRing(ctx, rec, want)
 	switch {
 	case err == nil:
-	case errors.Is(err, dek.ErrUnavailable), errors.Is(err, dek.ErrExhausted), result(err) == "cancelled":
-		return change{}, err
+	case !errors.Is(err, dek.ErrAuth) && !errors.Is(err, dek.ErrCorrupt) && !errors.Is(err, dek.ErrInvalid):
+		return change{}, err // nothing is known about the wrap: it stays PENDING
 	default:
 		ch, ferr := s.moveRing(ctx, vault, name, n, Failed)
 		if ferr != nil {
