@@ -59,6 +59,8 @@ type CallError struct {
 	Cause    error  // a context error, may be nil
 }
 
+// Error names what was asked, who answered, the class, the words and the
+// request id: "unwrap acme/orders/3 at kms1:7443: denied (request 4f…)".
 func (e *CallError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s at %s: %v", e.Op, e.Endpoint, e.Class)

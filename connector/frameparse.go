@@ -73,6 +73,7 @@ type AgentError struct {
 	class   error
 }
 
+// Error is the agent's message, which is made for the database server's log.
 func (e *AgentError) Error() string { return "agent: " + e.Message }
 
 // Unwrap returns the class.

@@ -53,6 +53,7 @@ type Problem struct {
 	Text string
 }
 
+// Error says what is wrong and where, in one line for people.
 func (p *Problem) Error() string {
 	where := p.File
 	if p.Line > 0 {
