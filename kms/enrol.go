@@ -92,23 +92,29 @@ type attempts struct {
 }
 
 type attempt struct {
-	failed int
-	since  time.Time
+	failed  int
+	since   time.Time
+	blocked int // tries while blocked
 }
 
-// blocked reports whether the host has failed too often lately.
-func (t *attempts) blocked(remote string, now time.Time) bool {
+// blocked returns 0, or the how-manieth try of a host this is that failed too
+// often lately. Tries are recorded at 1, 2, 4, 8, ...: a stranger who goes on
+// for ever must not fill the disk that every key use needs.
+func (t *attempts) blocked(remote string, now time.Time) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e := t.m[host(remote)]
-	if e == nil {
-		return false
-	}
-	if now.Sub(e.since) > attemptsSpan || now.Before(e.since) {
+	switch {
+	case e == nil:
+		return 0
+	case now.Sub(e.since) > attemptsSpan || now.Before(e.since):
 		delete(t.m, host(remote))
-		return false
+		return 0
+	case e.failed < maxAttempts:
+		return 0
 	}
-	return e.failed >= maxAttempts
+	e.blocked++
+	return e.blocked
 }
 
 func (t *attempts) failed(remote string, now time.Time) {
@@ -136,7 +142,8 @@ func host(remote string) string {
 // Redeem burns a one-time token and then has issue make the certificate for
 // its principal. The token is spent even if issue fails: ask for a new one.
 // Whatever is wrong with a token (unknown, expired, used, too many attempts
-// from this remote host), the error wraps dek.ErrDenied and is recorded; a
+// from this remote host), the error wraps dek.ErrDenied and is recorded (of a
+// host that is blocked the 1st, 2nd, 4th, 8th ... try, with its number); a
 // second use is an alarm in Status. It wraps dek.ErrUnavailable if nothing was
 // decided.
 func (s *Service) Redeem(ctx context.Context, c Caller, text TokenText, issue func(principal string) error) error {
@@ -146,8 +153,11 @@ func (s *Service) Redeem(ctx context.Context, c Caller, text TokenText, issue fu
 	c.Principal = ""
 	ev := s.event(c, OpEnroll, "/enrolment")
 	now := s.cfg.Clock.Now()
-	if s.attempts.blocked(c.Remote, now) {
-		ev.Rule = "too many attempts from this host"
+	if n := s.attempts.blocked(c.Remote, now); n > 0 {
+		if n&(n-1) != 0 {
+			return errEnrol()
+		}
+		ev.Rule, ev.Count = "too many attempts from this host", n
 		return s.refuse(ctx, ev, errEnrol())
 	}
 	id, hash, ok := parseToken(text)

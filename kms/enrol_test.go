@@ -202,20 +202,49 @@ func TestPrepare(t *testing.T) {
 	if _, _, err := h.s.PrepareInstance(ctx, officer, good); !errors.Is(err, dek.ErrPrecondition) {
 		t.Errorf("after it enrolled: %v", err)
 	}
-	db9 := kms.Caller{Principal: "host/db9"}
-	v, err := h.s.OpenInstance(ctx, db9, kms.OpenInstance{Instance: "db9", Cold: true})
+	h.wantPrepared(t, "db9")
+}
+
+// wantPrepared checks that an instance of keyring r works, and what it may
+// report, also after a restart.
+func (h *house) wantPrepared(t *testing.T, name string) {
+	t.Helper()
+	ctx := t.Context()
+	host := kms.Caller{Principal: "host/" + name}
+	v, err := h.s.OpenInstance(ctx, host, kms.OpenInstance{Instance: name, Cold: true})
 	check(t, err)
 	if v.Instance.Enrolled.IsZero() || len(v.Keyrings) != 1 || v.Keyrings[0].Versions[0].Wrapped == nil || v.Checkpoint == nil {
 		t.Errorf("open: %+v", v)
 	}
-	check(t, h.s.ReportUsage(ctx, db9, "db9", []kms.Usage{{Keyring: "r", Version: 1, Last: time.Now()}}))
-	if err := h.s.ReportUsage(ctx, db9, "db9", []kms.Usage{{Keyring: "s", Version: 1}}); !errors.Is(err, dek.ErrInvalid) {
+	check(t, h.s.ReportUsage(ctx, host, name, []kms.Usage{{Keyring: "r", Version: 1, Last: time.Now()}}))
+	if err := h.s.ReportUsage(ctx, host, name, []kms.Usage{{Keyring: "s", Version: 1}}); !errors.Is(err, dek.ErrInvalid) {
 		t.Errorf("report on a foreign keyring: %v", err)
 	}
 	h.reopen()
 	for _, i := range must(h.s.Instances(ctx, officer)) {
-		if i.Name == "db9" && len(i.Usage) != 1 {
+		if i.Name == name && len(i.Usage) != 1 {
 			t.Errorf("usage after a restart: %+v", i)
 		}
+	}
+}
+
+// TestRedeemFlood: a stranger who goes on trying after being blocked leaves a
+// handful of records, not one for each try.
+func TestRedeemFlood(t *testing.T) {
+	h := newHouse(t, "")
+	before := len(h.journal.events)
+	for range 1000 {
+		if _, err := redeem(h, "kwt1_nonsense", "10.9.9.9:1"); !errors.Is(err, dek.ErrDenied) {
+			t.Fatalf("a guess: %v", err)
+		}
+	}
+	var counts []int
+	for _, e := range h.journal.events[before:] {
+		if e.Count > 0 {
+			counts = append(counts, e.Count)
+		}
+	}
+	if n := len(h.journal.events) - before; n > 25 || len(counts) < 5 || counts[len(counts)-1] != 512 {
+		t.Errorf("1000 tries left %d records, those of the blocked host count %v", n, counts)
 	}
 }

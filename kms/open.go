@@ -62,6 +62,11 @@ func (s *Service) halt(err error) {
 	}
 }
 
+// Ready returns nil while the service serves, else why it stopped itself (a
+// rollback was found, a newer process took over, it is closed). It does no
+// input or output; health checks ask it.
+func (s *Service) Ready() error { return s.ready() }
+
 // ready returns the error that stopped the service.
 func (s *Service) ready() error {
 	if h := s.halted.Load(); h != nil {

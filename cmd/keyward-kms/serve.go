@@ -88,12 +88,31 @@ func serve(ctx context.Context, c *Config, log *slog.Logger, ready func() error)
 		h.server.Close(bound)
 		return nil
 	})
-	h.server.SetServing(true)
+	running.Go(func() error { h.tellHealth(ctx); return nil })
 	log.Info("serving", "addresses", c.Listen, "token", h.parts.token.Describe())
 	if ready != nil {
 		running.Go(ready)
 	}
 	return running.Wait()
+}
+
+// healthEvery is how late a service that stopped itself may be noticed by who
+// asks for its health.
+const healthEvery = time.Second
+
+// tellHealth keeps the health service true until ctx ends: a service that found
+// its store rolled back still answers, but does not serve.
+func (h *house) tellHealth(ctx context.Context) {
+	tick := time.NewTicker(healthEvery)
+	defer tick.Stop()
+	for {
+		h.server.SetServing(h.service.Ready() == nil)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // openHouse opens everything but the doors.
