@@ -35,6 +35,46 @@ func goldenRecords() map[string]Record {
 
 const goldenCheckpoint = "log\n1\nroot\n"
 
+// writeGolden makes the golden files, and seeds from them.
+func writeGolden(t *testing.T, backup, record string, s *sealer, key *dek.Key) {
+	t.Helper()
+	var b bytes.Buffer
+	if err := encodeBackup(&b, goodHeader(), key, goldenRecords(), []byte(goldenCheckpoint)); err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.seal("keys/v/k", 9, []byte(`{"bits":3072}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tiny bytes.Buffer
+	one := map[string]Record{"a": {Path: "a", Value: []byte("1")}}
+	if err := encodeBackup(&tiny, goodHeader(), key, one, []byte(goldenCheckpoint)); err != nil {
+		t.Fatal(err)
+	}
+	h := goodHeader()
+	small := appendEntry(nil, entryRecord, "a", []byte("1"))
+	small = appendEntry(small, entryCheckpoint, "", []byte("c"))
+	small = appendEntry(small, entryEnd, "", []byte{0, 0, 0, 0, 0, 0, 0, 1})
+	for path, content := range map[string][]byte{
+		backup: b.Bytes(), record: v,
+		filepath.Join("testdata", "files", "good"):    tiny.Bytes(),
+		filepath.Join("testdata", "files", "cut"):     tiny.Bytes()[:tiny.Len()-9],
+		filepath.Join("testdata", "headers", "good"):  h.encode(),
+		filepath.Join("testdata", "headers", "short"): h.encode()[:30],
+		filepath.Join("testdata", "entries", "good"):  small,
+		filepath.Join("testdata", "entries", "cut"):   small[:9],
+		filepath.Join("testdata", "tokens", "good"):   []byte("kwt1_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"),
+		filepath.Join("testdata", "tokens", "short"):  []byte("kwt1_AAAA"),
+	} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestGolden reads what every release must read for ever.
 func TestGolden(t *testing.T) {
 	backup, record := filepath.Join("testdata", "backups", "v1.kwbk"), filepath.Join("testdata", "record-v1.bin")
@@ -44,41 +84,7 @@ func TestGolden(t *testing.T) {
 		t.Fatal(err)
 	}
 	if *update {
-		var b bytes.Buffer
-		if err := encodeBackup(&b, goodHeader(), key, goldenRecords(), []byte(goldenCheckpoint)); err != nil {
-			t.Fatal(err)
-		}
-		v, err := s.seal("keys/v/k", 9, []byte(`{"bits":3072}`))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var tiny bytes.Buffer
-		one := map[string]Record{"a": {Path: "a", Value: []byte("1")}}
-		if err := encodeBackup(&tiny, goodHeader(), key, one, []byte(goldenCheckpoint)); err != nil {
-			t.Fatal(err)
-		}
-		h := goodHeader()
-		small := appendEntry(nil, entryRecord, "a", []byte("1"))
-		small = appendEntry(small, entryCheckpoint, "", []byte("c"))
-		small = appendEntry(small, entryEnd, "", []byte{0, 0, 0, 0, 0, 0, 0, 1})
-		for path, content := range map[string][]byte{
-			backup: b.Bytes(), record: v,
-			filepath.Join("testdata", "files", "good"):    tiny.Bytes(),
-			filepath.Join("testdata", "files", "cut"):     tiny.Bytes()[:tiny.Len()-9],
-			filepath.Join("testdata", "headers", "good"):  h.encode(),
-			filepath.Join("testdata", "headers", "short"): h.encode()[:30],
-			filepath.Join("testdata", "entries", "good"):  small,
-			filepath.Join("testdata", "entries", "cut"):   small[:9],
-			filepath.Join("testdata", "tokens", "good"):   []byte("kwt1_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"),
-			filepath.Join("testdata", "tokens", "short"):  []byte("kwt1_AAAA"),
-		} {
-			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(path, content, 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
+		writeGolden(t, backup, record, s, key)
 	}
 	value, err := os.ReadFile(record)
 	if err != nil {
@@ -106,6 +112,34 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// openIndependently opens one sealed piece by FORMAT.md.
+func openIndependently(t *testing.T, key, sealed []byte, installation, object string, version uint64) []byte {
+	t.Helper()
+	sub, err := hkdf.Key(sha256.New, key, nil, "keyward/seal/v1/backup", 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	aad := []byte{1, 6} // format, purpose
+	for _, s := range []string{installation, object} {
+		aad = binary.BigEndian.AppendUint16(aad, uint16(len(s)))
+		aad = append(aad, s...)
+	}
+	aad = binary.BigEndian.AppendUint64(aad, version)
+	block, err := aes.NewCipher(sub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gcm, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := gcm.Open(nil, sealed[1:13], sealed[13:], aad)
+	if err != nil {
+		t.Fatalf("%s %d: %v", object, version, err)
+	}
+	return plain
+}
+
 // TestIndependentDecoder opens the golden backup by FORMAT.md alone, with
 // nothing of this package or of dek.
 func TestIndependentDecoder(t *testing.T) {
@@ -130,29 +164,7 @@ func TestIndependentDecoder(t *testing.T) {
 	bare := append(bytes.Clone(head[:len(head)-len(fields[5])-4]), 0, 0, 0, 0)
 	digest := sha256.Sum256(bare)
 	open := func(key, sealed []byte, object string, version uint64) []byte {
-		sub, err := hkdf.Key(sha256.New, key, nil, "keyward/seal/v1/backup", 32)
-		if err != nil {
-			t.Fatal(err)
-		}
-		aad := []byte{1, 6} // format, purpose
-		for _, s := range []string{string(fields[0]), object} {
-			aad = binary.BigEndian.AppendUint16(aad, uint16(len(s)))
-			aad = append(aad, s...)
-		}
-		aad = binary.BigEndian.AppendUint64(aad, version)
-		block, err := aes.NewCipher(sub)
-		if err != nil {
-			t.Fatal(err)
-		}
-		gcm, err := cipher.NewGCM(block)
-		if err != nil {
-			t.Fatal(err)
-		}
-		plain, err := gcm.Open(nil, sealed[1:13], sealed[13:], aad)
-		if err != nil {
-			t.Fatalf("%s %d: %v", object, version, err)
-		}
-		return plain
+		return openIndependently(t, key, sealed, string(fields[0]), object, version)
 	}
 	key := open(bytes.Repeat([]byte{7}, 32), fields[5], "key/"+hex.EncodeToString(digest[:]), change)
 	var plain []byte

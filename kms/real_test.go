@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/keyward/keyward/dek"
+	"github.com/keyward/keyward/dek/recovery"
 	"github.com/keyward/keyward/hsm"
 	"github.com/keyward/keyward/kms"
 	"github.com/keyward/keyward/kms/access"
@@ -79,22 +80,7 @@ func TestRealParts(t *testing.T) {
 	check(t, h.s.Close())
 
 	// Token, store and log are gone.
-	dir2 := t.TempDir()
-	cfg2 := realConfig(t, dir2, t.TempDir()+"/token", nil)
-	rep, err := kms.Restore(ctx, cfg2, bytes.NewReader(backup), kms.RestoreOptions{
-		Private: private,
-		OpenAudit: func(ctx context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
-			link := &audit.Link{Checkpoint: previous.Checkpoint, Key: previous.Key}
-			return audit.Open(ctx, audit.Config{Dir: dir2 + "/audit", Signer: signer, Link: link})
-		},
-	})
-	check(t, err)
-	if rep.NewKeys != 1 || rep.Rewrapped != 1 {
-		t.Errorf("report %+v", rep)
-	}
-	h.s, err = kms.Open(ctx, cfg2)
-	check(t, err)
-	defer h.s.Close()
+	checkpoint := h.openElsewhere(t, backup, private)
 	// The agent comes back with the newest checkpoint of the old log, which is
 	// newer than the backup.
 	back, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Cold: true, Checkpoint: view.Checkpoint})
@@ -104,7 +90,31 @@ func TestRealParts(t *testing.T) {
 	if got := h.bytesOf(h.wraps()[0]); !bytes.Equal(got, want) {
 		t.Error("another key after the disaster")
 	}
-	if len(rep.Checkpoint) == 0 || bytes.Equal(rep.Checkpoint, back.Checkpoint) {
+	if len(checkpoint) == 0 || bytes.Equal(checkpoint, back.Checkpoint) {
 		t.Error("the new log is the old one")
 	}
+}
+
+// openElsewhere restores a backup with real parts that are all new, opens them
+// and returns the checkpoint that the restore ended with.
+func (h *house) openElsewhere(t *testing.T, backup []byte, private *recovery.Private) []byte {
+	t.Helper()
+	ctx, dir := t.Context(), t.TempDir()
+	cfg := realConfig(t, dir, t.TempDir()+"/token", nil)
+	rep, err := kms.Restore(ctx, cfg, bytes.NewReader(backup), kms.RestoreOptions{
+		Private: private,
+		OpenAudit: func(ctx context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
+			link := &audit.Link{Checkpoint: previous.Checkpoint, Key: previous.Key}
+			return audit.Open(ctx, audit.Config{Dir: dir + "/audit", Signer: signer, Link: link})
+		},
+	})
+	check(t, err)
+	if rep.NewKeys != 1 || rep.Rewrapped != 1 {
+		t.Errorf("report %+v", rep)
+	}
+	s, err := kms.Open(ctx, cfg)
+	check(t, err)
+	h.s = s
+	t.Cleanup(func() { s.Close() })
+	return rep.Checkpoint
 }

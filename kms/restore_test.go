@@ -83,9 +83,20 @@ func TestRestoreSameToken(t *testing.T) {
 	}
 }
 
-func TestRestoreNewToken(t *testing.T) {
-	text, private := people(t)
-	h := newHouse(t, text)
+// A lost is what is left of a house that had a disabled key, two versions of a
+// keyring, a blob and an enrolment token that nobody had used; its token died.
+type lost struct {
+	house  *house
+	wraps  []dek.Wrapped // what db1 has
+	keys   [][]byte      // and what they open to
+	token  *kms.EnrolmentToken
+	backup []byte
+	seen   []byte // the checkpoint that an agent has
+}
+
+func loseHouse(t *testing.T, recipient string) *lost {
+	t.Helper()
+	h := newHouse(t, recipient)
 	h.furnish()
 	ctx := t.Context()
 	_, err := h.s.RollKeyring(ctx, officer, kms.RollKeyring{Vault: "v", Name: "r"})
@@ -99,83 +110,31 @@ func TestRestoreNewToken(t *testing.T) {
 	_, err = h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "off"})
 	check(t, err)
 	check(t, h.s.PutBlob(ctx, "tls/ca", []byte("certificates")))
-	old := h.wraps()
-	want := [][]byte{h.bytesOf(old[0]), h.bytesOf(old[1])}
-	_, open, err := h.s.PrepareInstance(ctx, officer, kms.PrepareInstance{Kind: "mariadb", Name: "db2", Vault: "v", Keyrings: []string{"r"}})
+	l := &lost{house: h, wraps: h.wraps()}
+	l.keys = [][]byte{h.bytesOf(l.wraps[0]), h.bytesOf(l.wraps[1])}
+	_, l.token, err = h.s.PrepareInstance(ctx, officer, kms.PrepareInstance{Kind: "mariadb", Name: "db2", Vault: "v", Keyrings: []string{"r"}})
 	check(t, err)
-	b := h.backup()
-	seen, err := h.journal.Head(ctx)
+	l.backup = h.backup()
+	l.seen, err = h.journal.Head(ctx)
 	check(t, err)
 	h.s.Close()
+	return l
+}
 
-	n := h.elsewhere(true)
+func TestRestoreNewToken(t *testing.T) {
+	text, private := people(t)
+	l := loseHouse(t, text)
+	n := l.house.elsewhere(true)
 	_, wrong := people(t)
-	if _, err := n.restore(b, kms.RestoreOptions{Private: wrong}); !errors.Is(err, dek.ErrAuth) {
+	if _, err := n.restore(l.backup, kms.RestoreOptions{Private: wrong}); !errors.Is(err, dek.ErrAuth) {
 		t.Errorf("restore with another recovery key: %v", err)
 	}
-	var linked *kms.PreviousLog
 	text2, private2 := people(t)
-	rep, err := n.restore(b, kms.RestoreOptions{
-		Private: private, Recipient: text2,
-		OpenAudit: func(_ context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
-			if signer.Public() == nil {
-				t.Error("no audit key")
-			}
-			linked = previous
-			return n.journal, nil
-		},
-	})
-	check(t, err)
-	if rep.NewKeys != 2 || rep.Rewrapped != 3 || len(rep.Lost) != 0 || len(rep.KeptDisabled) != 1 {
-		t.Errorf("report %+v", rep)
-	}
-	if linked == nil || linked.Key == nil || !bytes.HasPrefix(linked.Checkpoint, []byte("test/log\n")) {
-		t.Errorf("the new log is not linked: %+v", linked)
-	}
-	if e := n.journal.events[0]; e.Operation != kms.OpRestore || !strings.Contains(e.Note, "test/log") {
-		t.Errorf("first record of the new log: %+v", e)
-	}
+	n.restoreLinked(t, l.backup, kms.RestoreOptions{Private: private, Recipient: text2})
 	n.open()
-	now := n.wraps()
-	if len(now) != 2 {
-		t.Fatalf("%d wraps, want 2", len(now))
-	}
-	for i, w := range now {
-		if got := n.bytesOf(w); string(got) != string(want[i]) {
-			t.Errorf("version %d: another key", i+1)
-		}
-		if _, err := n.s.Unwrap(ctx, db1, old[i]); !errors.Is(err, dek.ErrConflict) {
-			t.Errorf("old wrap %d: %v", i, err)
-		}
-	}
-	ring := must(n.s.Keyring(ctx, officer, "v", "r"))
-	if ring.Current != 2 || ring.Versions[1].ServerVersion != 3 {
-		t.Errorf("keyring after the restore: %+v", ring)
-	}
-	if k := must(n.s.Key(ctx, officer, "v", "off")); k.Current != 0 || k.Versions[1].State != kms.Disabled {
-		t.Errorf("disabled key after the restore: %+v", k)
-	}
-	if c, ok := n.s.Blob("tls/ca"); !ok || string(c) != "certificates" {
-		t.Error("blob lost")
-	}
-	// A token from before may have been used meanwhile.
-	err = n.s.Redeem(ctx, kms.Caller{Remote: "1.2.3.4:5"}, open.Text, func(string) error { return nil })
-	if !errors.Is(err, dek.ErrDenied) {
-		t.Errorf("old enrolment token: %v", err)
-	}
-	// An agent with a checkpoint of the log before is served.
-	n.journal.stale = seen
-	if _, err := n.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Cold: true, Checkpoint: seen}); err != nil {
-		t.Errorf("agent with an old checkpoint: %v", err)
-	}
-	// One that has seen changes the backup has not stops everything.
-	n.journal.stale = []byte("test/log\n999\nchange 99999 -\n")
-	if _, err := n.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Checkpoint: n.journal.stale}); !errors.Is(err, dek.ErrCorrupt) {
-		t.Errorf("agent that has seen more: %v", err)
-	}
-	if _, err := n.s.Unwrap(ctx, db1, now[0]); !errors.Is(err, dek.ErrCorrupt) {
-		t.Errorf("unwrap on a service that is behind: %v", err)
-	}
+	n.wantRestored(t, l)
+	n.wantAgentsOf(t, l)
+
 	// And the whole way once more with the new people.
 	n.reopen()
 	b2 := n.backup()
@@ -184,11 +143,88 @@ func TestRestoreNewToken(t *testing.T) {
 	if _, err := third.restore(b2, kms.RestoreOptions{Private: private}); !errors.Is(err, dek.ErrAuth) {
 		t.Errorf("the old people open the new backup: %v", err)
 	}
-	_, err = third.restore(b2, kms.RestoreOptions{Private: private2})
+	_, err := third.restore(b2, kms.RestoreOptions{Private: private2})
 	check(t, err)
 	third.open()
-	if got := third.bytesOf(third.wraps()[0]); string(got) != string(want[0]) {
+	if got := third.bytesOf(third.wraps()[0]); string(got) != string(l.keys[0]) {
 		t.Error("another key after the second restore")
+	}
+}
+
+// restoreLinked restores the backup of a lost house, with a new log that is
+// linked to the one before.
+func (h *house) restoreLinked(t *testing.T, backup []byte, opt kms.RestoreOptions) {
+	t.Helper()
+	var linked *kms.PreviousLog
+	opt.OpenAudit = func(_ context.Context, signer crypto.Signer, previous *kms.PreviousLog) (kms.Auditor, error) {
+		if signer.Public() == nil {
+			t.Error("no audit key")
+		}
+		linked = previous
+		return h.journal, nil
+	}
+	rep, err := h.restore(backup, opt)
+	check(t, err)
+	if rep.NewKeys != 2 || rep.Rewrapped != 3 || len(rep.Lost) != 0 || len(rep.KeptDisabled) != 1 {
+		t.Errorf("report %+v", rep)
+	}
+	if linked == nil || linked.Key == nil || !bytes.HasPrefix(linked.Checkpoint, []byte("test/log\n")) {
+		t.Errorf("the new log is not linked: %+v", linked)
+	}
+	if e := h.journal.events[0]; e.Operation != kms.OpRestore || !strings.Contains(e.Note, "test/log") {
+		t.Errorf("first record of the new log: %+v", e)
+	}
+}
+
+// wantRestored checks that the lost house is here, under a new token.
+func (h *house) wantRestored(t *testing.T, l *lost) {
+	t.Helper()
+	ctx := t.Context()
+	now := h.wraps()
+	if len(now) != 2 {
+		t.Fatalf("%d wraps, want 2", len(now))
+	}
+	for i, w := range now {
+		if got := h.bytesOf(w); string(got) != string(l.keys[i]) {
+			t.Errorf("version %d: another key", i+1)
+		}
+		if _, err := h.s.Unwrap(ctx, db1, l.wraps[i]); !errors.Is(err, dek.ErrConflict) {
+			t.Errorf("old wrap %d: %v", i, err)
+		}
+	}
+	ring := must(h.s.Keyring(ctx, officer, "v", "r"))
+	if ring.Current != 2 || ring.Versions[1].ServerVersion != 3 {
+		t.Errorf("keyring after the restore: %+v", ring)
+	}
+	if k := must(h.s.Key(ctx, officer, "v", "off")); k.Current != 0 || k.Versions[1].State != kms.Disabled {
+		t.Errorf("disabled key after the restore: %+v", k)
+	}
+	if c, ok := h.s.Blob("tls/ca"); !ok || string(c) != "certificates" {
+		t.Error("blob lost")
+	}
+	// A token from before may have been used meanwhile.
+	err := h.s.Redeem(ctx, kms.Caller{Remote: "1.2.3.4:5"}, l.token.Text, func(string) error { return nil })
+	if !errors.Is(err, dek.ErrDenied) {
+		t.Errorf("old enrolment token: %v", err)
+	}
+}
+
+// wantAgentsOf checks what agents of the lost house meet here.
+func (h *house) wantAgentsOf(t *testing.T, l *lost) {
+	t.Helper()
+	ctx, w := t.Context(), h.wraps()[0]
+	// An agent with a checkpoint of the log before is served.
+	h.journal.stale = l.seen
+	if _, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Cold: true, Checkpoint: l.seen}); err != nil {
+		t.Errorf("agent with an old checkpoint: %v", err)
+	}
+	// One that has seen changes the backup has not stops everything.
+	h.journal.stale = []byte("test/log\n999\nchange 99999 -\n")
+	if _, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Checkpoint: h.journal.stale}); !errors.Is(err, dek.ErrCorrupt) {
+		t.Errorf("agent that has seen more: %v", err)
+	}
+	if _, err := h.s.Unwrap(ctx, db1, w); !errors.Is(err, dek.ErrCorrupt) {
+		t.Errorf("unwrap on a service that is behind: %v", err)
 	}
 }
 

@@ -11,43 +11,46 @@ import (
 	"github.com/keyward/keyward/kms/storetest"
 )
 
+// tamperings are what the owner of the store can do to its records; old are
+// those of an earlier moment.
+var tamperings = []struct {
+	name  string
+	do    func(m map[string]kms.Record, old map[string]kms.Record)
+	names string // in the error
+}{
+	{"flipped bit", func(m, _ map[string]kms.Record) { flip(m, "keyrings/v/r/1") }, "keyrings/v/r/1"},
+	{"flipped boot", func(m, _ map[string]kms.Record) { flip(m, "boot") }, "boot"},
+	{"flipped head", func(m, _ map[string]kms.Record) { flip(m, "head") }, "head"},
+	{"swapped", func(m, _ map[string]kms.Record) {
+		a, b := m["keyrings/v/r/1"], m["keyrings/v/r/2"]
+		a.Value, b.Value = b.Value, a.Value
+		m[a.Path], m[b.Path] = a, b
+	}, "keyrings/v/r/"},
+	{"moved", func(m, _ map[string]kms.Record) {
+		r := m["keyrings/v/r/1"]
+		r.Path = "keyrings/v/other/1"
+		m[r.Path] = r
+	}, "keyrings/v/other/1"},
+	{"older copy", func(m, old map[string]kms.Record) { m["keys/v/k/1"] = old["keys/v/k/1"] }, "keys/v/k/1"},
+	{"removed", func(m, _ map[string]kms.Record) { delete(m, "keyrings/v/r/2") }, "keyrings/v/r/2"},
+	{"removed grants", func(m, _ map[string]kms.Record) { delete(m, "grants/person/auditor") }, "digest"},
+	{"removed head", func(m, _ map[string]kms.Record) { delete(m, "head") }, "head"},
+	{"removed boot", func(m, _ map[string]kms.Record) { delete(m, "boot") }, "boot"},
+	{"foreign record", func(m, _ map[string]kms.Record) {
+		m["notes"] = kms.Record{Path: "notes", Value: []byte("hello"), Revision: 1}
+	}, "notes"},
+	{"older head", func(m, old map[string]kms.Record) { m["head"] = old["head"] }, "record"},
+	{"whole rollback", func(m, old map[string]kms.Record) {
+		clear(m)
+		for k, v := range old {
+			m[k] = v
+		}
+	}, "rollback suspected"},
+}
+
 // TestTamper: whoever owns the store can only stop the service, and it says
 // where to look.
 func TestTamper(t *testing.T) {
-	cases := []struct {
-		name  string
-		do    func(m map[string]kms.Record, old map[string]kms.Record)
-		names string // in the error
-	}{
-		{"flipped bit", func(m, _ map[string]kms.Record) { flip(m, "keyrings/v/r/1") }, "keyrings/v/r/1"},
-		{"flipped boot", func(m, _ map[string]kms.Record) { flip(m, "boot") }, "boot"},
-		{"flipped head", func(m, _ map[string]kms.Record) { flip(m, "head") }, "head"},
-		{"swapped", func(m, _ map[string]kms.Record) {
-			a, b := m["keyrings/v/r/1"], m["keyrings/v/r/2"]
-			a.Value, b.Value = b.Value, a.Value
-			m[a.Path], m[b.Path] = a, b
-		}, "keyrings/v/r/"},
-		{"moved", func(m, _ map[string]kms.Record) {
-			r := m["keyrings/v/r/1"]
-			r.Path = "keyrings/v/other/1"
-			m[r.Path] = r
-		}, "keyrings/v/other/1"},
-		{"older copy", func(m, old map[string]kms.Record) { m["keys/v/k/1"] = old["keys/v/k/1"] }, "keys/v/k/1"},
-		{"removed", func(m, _ map[string]kms.Record) { delete(m, "keyrings/v/r/2") }, "keyrings/v/r/2"},
-		{"removed grants", func(m, _ map[string]kms.Record) { delete(m, "grants/person/auditor") }, "digest"},
-		{"removed head", func(m, _ map[string]kms.Record) { delete(m, "head") }, "head"},
-		{"removed boot", func(m, _ map[string]kms.Record) { delete(m, "boot") }, "boot"},
-		{"foreign record", func(m, _ map[string]kms.Record) {
-			m["notes"] = kms.Record{Path: "notes", Value: []byte("hello"), Revision: 1}
-		}, "notes"},
-		{"older head", func(m, old map[string]kms.Record) { m["head"] = old["head"] }, "record"},
-		{"whole rollback", func(m, old map[string]kms.Record) {
-			clear(m)
-			for k, v := range old {
-				m[k] = v
-			}
-		}, "rollback suspected"},
-	}
 	h := newHouse(t, "")
 	h.furnish()
 	_, err := h.s.RollKeyring(t.Context(), officer, kms.RollKeyring{Vault: "v", Name: "r"})
@@ -58,7 +61,7 @@ func TestTamper(t *testing.T) {
 	h.s.Close()
 	good := snapshot(t, h.store)
 	log := h.journal
-	for _, c := range cases {
+	for _, c := range tamperings {
 		t.Run(c.name, func(t *testing.T) {
 			records := make(map[string]kms.Record)
 			for k, r := range good {

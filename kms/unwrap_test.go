@@ -320,18 +320,19 @@ func TestDisableHolds(t *testing.T) {
 	load.Wait()
 }
 
-// TestDenials: strangers, absent and forbidden objects all look the same.
-func TestDenials(t *testing.T) {
-	h := newHouse(t, "")
-	h.furnish()
-	ctx := t.Context()
-	w := h.wraps()[0]
-	absent := w.Header()
+// ghost is a wrapped DEK of a keyring that is not there.
+func (h *house) ghost() dek.Wrapped {
+	absent := h.wraps()[0].Header()
 	absent.Keyring = "nothere"
 	seal := must(dek.NewKey())
 	defer seal.Destroy()
-	ghost := must(dek.Wrap(absent, seal, make([]byte, 256)))
-	calls := map[string]func(c kms.Caller) error{
+	return must(dek.Wrap(absent, seal, make([]byte, 256)))
+}
+
+// calls are one of every kind: to what is there, and to what is not.
+func (h *house) calls(ctx context.Context) map[string]func(kms.Caller) error {
+	w, ghost := h.wraps()[0], h.ghost()
+	return map[string]func(kms.Caller) error{
 		"unwrap":  func(c kms.Caller) error { _, err := h.s.Unwrap(ctx, c, w); return err },
 		"absent":  func(c kms.Caller) error { _, err := h.s.Unwrap(ctx, c, ghost); return err },
 		"vault":   func(c kms.Caller) error { _, err := h.s.CreateVault(ctx, c, "x"); return err },
@@ -386,8 +387,15 @@ func TestDenials(t *testing.T) {
 		"backup": func(c kms.Caller) error { return h.s.Backup(ctx, c, &strings.Builder{}) },
 		"log":    func(c kms.Caller) error { return h.s.AuthorizeAudit(ctx, c, kms.OpAuditRead, "/") },
 	}
+}
+
+// TestDenials: strangers, absent and forbidden objects all look the same.
+func TestDenials(t *testing.T) {
+	h := newHouse(t, "")
+	h.furnish()
+	ctx := t.Context()
 	change := must(h.s.Status(ctx, admin)).Changes
-	for name, call := range calls {
+	for name, call := range h.calls(ctx) {
 		t.Run(name, func(t *testing.T) {
 			before := len(h.journal.events)
 			err := call(db2)

@@ -50,6 +50,30 @@ func (l *listener) kinds() (out []kms.NoticeKind, pings int) {
 	return out, pings
 }
 
+// A watchStep changes something, and tells whoever watches.
+type watchStep struct {
+	do   func() (kms.Effect, error)
+	want kms.NoticeKind
+}
+
+func (h *house) watchSteps(ctx context.Context) []watchStep {
+	return []watchStep{
+		{func() (kms.Effect, error) {
+			_, err := h.s.RollKeyring(ctx, officer, kms.RollKeyring{Vault: "v", Name: "r"})
+			return kms.Effect{Notified: []string{"db1"}, Absent: []string{"db2"}}, err
+		}, kms.NoticeRolled},
+		{func() (kms.Effect, error) {
+			return h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "k"})
+		}, kms.NoticeDisabled},
+		{func() (kms.Effect, error) {
+			return h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "k", Enabled: true})
+		}, kms.NoticeEnabled},
+		{func() (kms.Effect, error) {
+			return h.s.SetKeyringEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "r", Version: 1})
+		}, kms.NoticeDisabled},
+	}
+}
+
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, "")
@@ -67,25 +91,7 @@ func TestWatch(t *testing.T) {
 		if _, pings := l.kinds(); pings < 6 {
 			t.Errorf("%d pings in a minute, want one per 10 s at least", pings)
 		}
-		steps := []struct {
-			do   func() (kms.Effect, error)
-			want kms.NoticeKind
-		}{
-			{func() (kms.Effect, error) {
-				_, err := h.s.RollKeyring(ctx, officer, kms.RollKeyring{Vault: "v", Name: "r"})
-				return kms.Effect{Notified: []string{"db1"}, Absent: []string{"db2"}}, err
-			}, kms.NoticeRolled},
-			{func() (kms.Effect, error) {
-				return h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "k"})
-			}, kms.NoticeDisabled},
-			{func() (kms.Effect, error) {
-				return h.s.SetKeyEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "k", Enabled: true})
-			}, kms.NoticeEnabled},
-			{func() (kms.Effect, error) {
-				return h.s.SetKeyringEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "r", Version: 1})
-			}, kms.NoticeDisabled},
-		}
-		for i, step := range steps {
+		for i, step := range h.watchSteps(ctx) {
 			got, err := step.do()
 			check(t, err)
 			if !slices.Equal(got.Notified, []string{"db1"}) || !slices.Equal(got.Absent, []string{"db2"}) {
@@ -96,20 +102,7 @@ func TestWatch(t *testing.T) {
 				t.Errorf("step %d: notices %v, want %v", i, kinds, step.want)
 			}
 		}
-		// A cold start is refused while the keyring's newest version is fine but
-		// an instance whose keyring is off gets none.
-		_, err = h.s.SetKeyringEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "r"})
-		check(t, err)
-		if _, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Cold: true}); !errors.Is(err, dek.ErrDenied) {
-			t.Errorf("cold open of a disabled keyring: %v", err)
-		}
-		v, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1"})
-		check(t, err)
-		for _, m := range v.Keyrings[0].Versions {
-			if m.State != kms.Disabled || m.Wrapped != nil {
-				t.Errorf("warm open shows %+v", m)
-			}
-		}
+		h.wantRingOff(t)
 		check(t, h.s.RevokeInstance(ctx, officer, "db1"))
 		<-l.done
 		if kinds, _ := l.kinds(); !errors.Is(l.err, dek.ErrDenied) || kinds[len(kinds)-1] != kms.NoticeRevoked {
@@ -119,6 +112,27 @@ func TestWatch(t *testing.T) {
 			t.Errorf("instances: %+v", st.Instances)
 		}
 	})
+}
+
+// wantRingOff switches keyring r off: a database that starts is refused, one
+// that runs sees no wrapped bytes.
+func (h *house) wantRingOff(t *testing.T) {
+	t.Helper()
+	ctx := t.Context()
+	// A cold start is refused while the keyring's newest version is fine but
+	// an instance whose keyring is off gets none.
+	_, err := h.s.SetKeyringEnabled(ctx, officer, kms.SetEnabled{Vault: "v", Name: "r"})
+	check(t, err)
+	if _, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1", Cold: true}); !errors.Is(err, dek.ErrDenied) {
+		t.Errorf("cold open of a disabled keyring: %v", err)
+	}
+	v, err := h.s.OpenInstance(ctx, db1, kms.OpenInstance{Instance: "db1"})
+	check(t, err)
+	for _, m := range v.Keyrings[0].Versions {
+		if m.State != kms.Disabled || m.Wrapped != nil {
+			t.Errorf("warm open shows %+v", m)
+		}
+	}
 }
 
 // TestSlowWatcher: one that does not take its notices delays nobody, and gets
