@@ -24,7 +24,9 @@ func (st *restorer) stage(ctx context.Context) error {
 	s, v := st.s, st.l.view
 	s.w = st.l.w
 	s.view.Store(v)
-	s.w.sealer.used += restoreSlack
+	if err := st.stageSeal(ctx); err != nil {
+		return err
+	}
 	for _, e := range sorted(&v.tokens, "") {
 		if e.value.Used.IsZero() { // it may have been used after the backup
 			if err := st.drop(prefixToken + e.key); err != nil {
@@ -103,8 +105,24 @@ func (st *restorer) stageLostVaults(ctx context.Context) error {
 	return nil
 }
 
-// stageVaults adds the slack to the seal counts and, with a new token, moves
-// the seal keys under its root.
+// stageSeal makes the next version of the system seal key: how much the current
+// one has sealed since the backup is not known.
+func (st *restorer) stageSeal(ctx context.Context) error {
+	boot, w := &st.l.view.boot, st.s.w
+	next := w.sealer.current + 1
+	sv, err := st.newSeal(ctx, "", next)
+	if err != nil {
+		return fmt.Errorf("system seal key: %w", err)
+	}
+	boot.Seals = append(slices.Clone(boot.Seals), sv)
+	key, _ := st.s.seals.Load(string(sv.Sealed))
+	w.sealer.keys[next] = key.(*dek.Key)
+	w.sealer.current, w.sealer.used, w.head.Reserved = next, 0, 0
+	return nil
+}
+
+// stageVaults gives every vault the next version of its seal key, for the same
+// reason, and, with a new token, moves the older ones under its root.
 func (st *restorer) stageVaults(ctx context.Context) error {
 	for _, e := range sorted(&st.l.view.vaults, "") {
 		next := *e.value
@@ -114,18 +132,12 @@ func (st *restorer) stageVaults(ctx context.Context) error {
 				return fmt.Errorf("vault %s: %w", e.key, err)
 			}
 		}
-		use := &sealUse{known: true, used: next.Reserved + restoreSlack/2, reserved: next.Reserved + restoreSlack}
-		next.Reserved = use.reserved
-		if next.Reserved > st.s.cfg.limits.seals {
-			sv, err := st.newSeal(ctx, e.key, next.Seals[len(next.Seals)-1].Version+1)
-			if err != nil {
-				return err
-			}
-			next.Seals = append(slices.Clone(next.Seals), sv)
-			use.used, use.reserved, next.Reserved = 0, restoreSlack, restoreSlack
+		sv, err := st.newSeal(ctx, e.key, next.Seals[len(next.Seals)-1].Version+1)
+		if err != nil {
+			return fmt.Errorf("vault %s: %w", e.key, err)
 		}
-		use.sealed = string(next.Seals[len(next.Seals)-1].Sealed)
-		st.s.sealUses.Store(e.key, use)
+		next.Seals, next.Reserved = append(slices.Clone(next.Seals), sv), restoreReserve
+		st.s.sealUses.Store(e.key, &sealUse{known: true, sealed: string(sv.Sealed), reserved: next.Reserved})
 		if err := st.put(vaultPath(e.key), &next); err != nil {
 			return err
 		}

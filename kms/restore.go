@@ -63,9 +63,9 @@ type RestoreReport struct {
 	Reserved     []string  // names and numbers given out after the backup: not given again
 }
 
-// restoreSlack is added to seal counts: what was sealed after the backup is
-// not known.
-const restoreSlack = 1 << 24
+// restoreReserve is how many seals of a vault's new seal key are reserved for
+// the restore itself.
+const restoreReserve = 1 << 24
 
 // Restore brings a backup back into an empty store (or one where a Restore was
 // interrupted). Nothing is written before the whole file is verified. It wraps
