@@ -53,7 +53,8 @@ type RestoreReport struct {
 	Taken        time.Time // when the backup was made
 	Change       uint64    // state change number of the backup
 	Token        string    // that the backup was made with
-	Checkpoint   []byte    // newest audit checkpoint in the backup
+	Checkpoint   []byte    // newest audit checkpoint in the backup, to compare with an exported log
+	AuditKey     []byte    // that signed it, SubjectPublicKeyInfo: compare its SHA-256 too
 	NewKeys      int       // master key versions made in the new token
 	Rewrapped    int       // keyring versions wrapped again
 	Lost         []string  // keyring versions without a recovery copy: gone
@@ -189,6 +190,7 @@ func (st *restorer) read(ctx context.Context, r io.Reader) error {
 	if err := st.s.verify(ctx, st.l, 0); err != nil {
 		return err
 	}
+	st.report.AuditKey = st.l.view.boot.AuditKey
 	st.report.Installation, st.report.Token = h.installation, h.token
 	st.report.Taken, st.report.Change = time.Unix(h.created, 0).UTC(), st.l.view.change
 	return nil

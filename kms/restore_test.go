@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -165,6 +166,9 @@ func (h *house) restoreLinked(t *testing.T, backup []byte, opt kms.RestoreOption
 	}
 	rep, err := h.restore(backup, opt)
 	check(t, err)
+	if _, err := x509.ParsePKIXPublicKey(rep.AuditKey); err != nil || !bytes.HasPrefix(rep.Checkpoint, []byte("test/log\n")) {
+		t.Errorf("nothing to compare the backup by: key %v, checkpoint %q", err, rep.Checkpoint)
+	}
 	if rep.NewKeys != 2 || rep.Rewrapped != 3 || len(rep.Lost) != 0 || len(rep.KeptDisabled) != 1 {
 		t.Errorf("report %+v", rep)
 	}

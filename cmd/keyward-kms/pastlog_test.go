@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -65,6 +66,18 @@ func TestRestoreComparesLogBefore(t *testing.T) {
 	aside, _ := filepath.Glob(audit + asideMark + "*")
 	if len(aside) != 1 || !strings.Contains(out, aside[0]) || !strings.Contains(out, "kept disabled: keyring v/ring") || strings.Contains(out, "NOT COMPARED") {
 		t.Errorf("moved aside: %v\n%s", aside, out)
+	}
+	newest, err := filepath.Glob(filepath.Join(aside[0], "*.checkpoints"))
+	if err != nil || len(newest) != 1 {
+		t.Fatal(newest, err)
+	}
+	text, err := os.ReadFile(newest[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, _, _ := strings.Cut(string(text), "\n")
+	if !strings.Contains(out, "audit checkpoint of the backup: "+log+" ") || !regexp.MustCompile(`(?m)^audit key of the backup: [0-9a-f]{64}$`).MatchString(out) {
+		t.Errorf("the report names no key and checkpoint of log %s:\n%s", log, out)
 	}
 	in.start()
 	if ring, err := in.officer.Keyring(in.ctx(), "v", "ring"); err != nil || ring.Current != 0 {

@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -124,8 +126,17 @@ func (o *restoring) options(ctx context.Context, s *streams) (opt kms.RestoreOpt
 	return opt, nil
 }
 
+// firstLines returns the first n lines of a checkpoint: log, size, root.
+func firstLines(checkpoint []byte, n int) []string {
+	lines := strings.Split(string(checkpoint), "\n")
+	return lines[:min(n, len(lines))]
+}
+
 func printReport(w io.Writer, r kms.RestoreReport) {
 	fmt.Fprintf(w, "installation %s, backup of %s (change %d)\n", r.Installation, r.Taken.UTC().Format(time.RFC3339), r.Change)
+	fmt.Fprintf(w, "audit key of the backup: %x\n", sha256.Sum256(r.AuditKey)) // as keyward audit verify shows it
+	fmt.Fprintf(w, "audit checkpoint of the backup: %s\n", strings.Join(firstLines(r.Checkpoint, 3), " "))
+	fmt.Fprintln(w, "compare both with a log exported earlier: they are all that tells this backup from a planted one")
 	if r.NewKeys > 0 {
 		fmt.Fprintf(w, "moved to a new token: %d new master key versions, %d data key versions wrapped again\n", r.NewKeys, r.Rewrapped)
 	}
