@@ -146,3 +146,33 @@ func TestAgentDenialGrace(t *testing.T) {
 		t.Errorf("after the grace time: %v", err)
 	}
 }
+
+// A denial that comes while keys are fetched takes what came with it, and
+// leaves what was held before to the grace time.
+func TestAgentDenialGraceDuringFetch(t *testing.T) {
+	kms, h := newShop(t)
+	h.cfg.DenialGrace = time.Minute
+	h.start()
+	s := h.mustDial(connector.NewProcess("mariadb", "shop"))
+	awaitWatch(kms)
+	await := func(call string) {
+		for kms.count(call) == 0 && t.Context().Err() == nil {
+			<-kms.entered
+		}
+	}
+	gate := make(chan struct{})
+	kms.set(func() { kms.gate, kms.calls = gate, map[string]int{} })
+	kms.addVersion("orders", 1)
+	kms.notify(kmspb.Notice_KIND_ROLLED, "orders")
+	await("UnwrapBatch") // the new version is on its way
+	kms.setDisabled("orders", true)
+	awaitList(t, s, inState(connector.ListDenied))
+	kms.set(func() { kms.gate, kms.calls = nil, map[string]int{} })
+	close(gate)
+	await("Open") // the answer was thrown away and the service is asked anew
+	getKey(t, s, 1, 1, "orders", 1)
+	getKey(t, s, 1, 3, "orders", 2)
+	if _, err := s.Get(testContext(t), connector.ServerKey{ID: 1, Version: 5}); err == nil {
+		t.Error("a version was handed out that came after the denial")
+	}
+}

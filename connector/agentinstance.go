@@ -142,11 +142,14 @@ func (in *instance) deny(match func(dek.KeyringID) bool) {
 }
 
 // purgeDenied wipes every denied key; in.mu is held.
-func (in *instance) purgeDenied() {
+func (in *instance) purgeDenied() { in.purgeDeniedOf(func(dek.KeyID) bool { return true }) }
+
+// purgeDeniedOf wipes the denied keys that match; in.mu is held.
+func (in *instance) purgeDeniedOf(match func(dek.KeyID) bool) {
 	denied := map[dek.KeyID]bool{}
 	in.each(func(k *keyringState, v *versionState) {
-		if v.Denied {
-			denied[k.key(v)] = true
+		if id := k.key(v); v.Denied && match(id) {
+			denied[id] = true
 		}
 	})
 	if len(denied) > 0 {

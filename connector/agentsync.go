@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyward/keyward/dek"
@@ -208,6 +209,7 @@ func (in *instance) fetch(ctx context.Context, ws []dek.Wrapped) ([]UnwrapResult
 // Answers from before a denial are thrown away.
 func (in *instance) apply(ctx context.Context, epoch uint64, ws []dek.Wrapped, results []UnwrapResult) error {
 	got := make(map[dek.KeyID]error, len(ws))
+	fresh := map[dek.KeyID]bool{}              // what was not held before
 	names := map[dek.KeyringID]dek.KeyringID{} // the cache keeps one copy of each
 	for i, w := range ws {
 		id := w.ID()
@@ -215,12 +217,17 @@ func (in *instance) apply(ctx context.Context, epoch uint64, ws []dek.Wrapped, r
 			names[id.KeyringID] = id.KeyringID
 		}
 		id.KeyringID = names[id.KeyringID]
-		got[id] = in.hold(ctx, id, results[i])
+		loaded, err := in.hold(ctx, id, results[i])
+		got[id] = err
+		if loaded {
+			fresh[id] = true
+		}
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.epoch != epoch {
-		in.purgeDenied()
+		// Within a grace time what was held before the denial stays.
+		in.purgeDeniedOf(func(id dek.KeyID) bool { return in.cfg.DenialGrace == 0 || fresh[id] })
 		in.publish()
 		return errOvertaken
 	}
@@ -249,20 +256,25 @@ func (in *instance) apply(ctx context.Context, epoch uint64, ws []dek.Wrapped, r
 	return other
 }
 
-// hold gives a fetched key to the cache.
-func (in *instance) hold(ctx context.Context, id dek.KeyID, r UnwrapResult) error {
+// hold gives a fetched key to the cache, and reports whether the cache took it:
+// it did not if it held the key already.
+func (in *instance) hold(ctx context.Context, id dek.KeyID, r UnwrapResult) (loaded bool, err error) {
 	if r.Err != nil {
-		return r.Err
+		return false, r.Err
 	}
 	// The cache may hold it, be loading it, or abandon this load: it gets a
 	// clone, and this one ends here in every case.
 	defer r.Key.Destroy()
-	lease, err := in.cache.Get(ctx, id, func(context.Context) (*dek.Key, error) { return r.Key.Clone() })
+	var took atomic.Bool // an abandoned load may end after Get
+	lease, err := in.cache.Get(ctx, id, func(context.Context) (*dek.Key, error) {
+		took.Store(true)
+		return r.Key.Clone()
+	})
 	lease.Release()
 	if err != nil {
-		return fmt.Errorf("hold key: %w", err)
+		return took.Load(), fmt.Errorf("hold key: %w", err)
 	}
-	return nil
+	return took.Load(), nil
 }
 
 // applyResult notes what the service said of one version; in.mu is held.
