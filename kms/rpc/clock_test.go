@@ -55,11 +55,14 @@ func TestServiceClockOff(t *testing.T) {
 				t.Errorf("%d calls reached the service", n)
 			}
 			var notes []string
-			for _, e := range d.ledger.take() {
-				if e.Operation == "front-door.handshake" {
-					notes = append(notes, e.Note)
+			eventually(func() bool {
+				for _, e := range d.ledger.take() {
+					if e.Operation == "front-door.handshake" {
+						notes = append(notes, e.Note)
+					}
 				}
-			}
+				return len(notes) > 0
+			})
 			if len(notes) == 0 || !strings.Contains(notes[0], "clock") {
 				t.Errorf("the record does not name the clock: %q", notes)
 			}
