@@ -49,7 +49,7 @@ func (j *journal) Append(_ context.Context, e kms.Event) (uint64, error) {
 }
 
 func (j *journal) Head(context.Context) ([]byte, error) {
-	n, _, _ := j.StateTail(context.TODO())
+	n, _, _ := j.StateTail(context.Background())
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return fmt.Appendf(nil, "test/log\n%d\nchange %d -\n", len(j.events), n), nil
